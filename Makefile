@@ -1,0 +1,51 @@
+# Two commands are enough: `make compare` (the main job) and `make test`. Both build the environment they need.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+JOBS   ?= 2
+
+.PHONY: compare test lint docs bench format browser clean help
+
+help:            ## this list
+	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("batchnorm needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp for each set of extras, so that a second call starts at once.
+$(VENV)/.lab: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab]'
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@ $(VENV)/.lab
+
+compare: $(VENV)/.lab  ## train with and without batch normalization on real data; ends in comparison/report.html
+	$(BIN)/batchnorm compare digits --out comparison --jobs $(JOBS)
+
+test: $(VENV)/.dev browser lint docs  ## everything CI runs
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+lint: $(VENV)/.dev  ## format, style, types, floors
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(VENV)/.dev  ## the documentation site, built strictly, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+bench: $(VENV)/.lab  ## the measured figures of README and docs, in benchmarks/
+	$(BIN)/batchnorm bench compare --out benchmarks
+
+format: $(VENV)/.dev  ## mend format and style in place
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+browser:  # the report is tested in a real browser
+	@./.ci/browser
+
+clean:           ## remove everything that was built
+	rm -rf $(VENV) site comparison benchmarks build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,44 @@
+"""Every error a user can cause: what must hold, what was received, what to do."""
+
+__all__ = [
+    "BatchNormError",
+    "DataError",
+    "MissingDependencyError",
+    "NotInvertibleError",
+    "OptionError",
+    "OutputError",
+    "ShapeError",
+    "VerificationError",
+]
+
+
+class BatchNormError(Exception):
+    """The parent of every error that this library raises on purpose."""
+
+
+class OptionError(BatchNormError, ValueError):
+    """An option has a value that it can't have, or options exclude each other."""
+
+
+class ShapeError(BatchNormError, ValueError):
+    """Arrays do not fit each other or the axes they are normalized over."""
+
+
+class DataError(BatchNormError, ValueError):
+    """A data set can't be read, or can't be learned from."""
+
+
+class OutputError(BatchNormError, OSError):
+    """A result can't be written where it was asked for."""
+
+
+class NotInvertibleError(BatchNormError, ArithmeticError):
+    """An affine map with a zero scale has no inverse."""
+
+
+class MissingDependencyError(BatchNormError, ImportError):
+    """A part of the library needs a package that is not installed."""
+
+
+class VerificationError(BatchNormError, RuntimeError):
+    """A result did not agree with what it was derived from, and was not written."""

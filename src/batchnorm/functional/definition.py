@@ -1,0 +1,439 @@
+"""Batch normalization as defined: forward, the explicit backward, inference.
+
+Written for reading. The same lines run on NumPy (in float64: the oracle of every test), on torch (autograd, ``torch.func``,
+any order of derivative) and on JAX. Everything is computed in float64 and rounded once, at the end. Equation numbers are
+those of Ioffe and Szegedy, Batch Normalization, 2015 (arXiv:1502.03167), Algorithm 1, unless another paper is named.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from batchnorm.arrays import Array, constant, expand, namespace, reduced_axes, where, widen
+from batchnorm.errors import OptionError, ShapeError
+from batchnorm.moments import Moments
+
+Axes = str | int | Sequence[int]
+
+
+class Renorm(NamedTuple):
+    """How far batch renormalization may correct the batch's statistics towards the running ones.
+
+    Args:
+        rmax: bound of the ratio of deviations, ``1/rmax ≤ r ≤ rmax``; 1 is plain batch normalization.
+        dmax: bound of the difference of means in deviations, ``-dmax ≤ d ≤ dmax``; 0 is plain batch normalization.
+    """
+
+    rmax: float
+    dmax: float
+
+
+class Normalized(NamedTuple):
+    """What a training step of batch normalization gives.
+
+    Args:
+        y: the output, shape and dtype of the input.
+        moments: of the whole batch, ghost batches merged.
+        running_mean: the updated running mean, ``None`` where none was given.
+        running_var: the updated running variance, ``None`` where none was given.
+    """
+
+    y: Array
+    moments: Moments
+    running_mean: Array | None
+    running_var: Array | None
+
+
+class Gradients(NamedTuple):
+    """Gradients of a loss with respect to the input, γ and β."""
+
+    dx: Array
+    dgamma: Array
+    dbeta: Array
+
+
+class _Batch(NamedTuple):
+    """One normalization group: values in float64, what counts among them, and how per-channel arrays meet them."""
+
+    x: Array
+    weight: Array | None
+    axes: tuple[int, ...]
+
+    def per_channel(self, v: Array | None, otherwise: float) -> Array | float:
+        return otherwise if v is None else expand(widen(v), self.x, self.axes)
+
+    def total(self, v: Array) -> Array:
+        return namespace(v).sum(v, axis=self.axes, keepdims=True)
+
+
+def batch_norm_train(
+    x: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    *,
+    axes: Axes = "spatial",
+    eps: float = 1e-5,
+    decay: float = 0.9,
+    unbiased: bool = True,
+    mask: Array | None = None,
+    sample_weight: Array | None = None,
+    virtual_batch_size: int | None = None,
+    renorm: Renorm | None = None,
+) -> Normalized:
+    """Normalize a training batch with its own statistics.
+
+    ::
+
+        μ = Σ w·x / Σ w         σ² = Σ w·(x - μ)² / Σ w         x̂ = (x - μ) / √(σ² + ε)         y = γ·x̂ + β
+
+    with all weights ``w = 1`` where neither ``mask`` nor ``sample_weight`` is given.
+
+    Args:
+        x: ``(N, C, *spatial)``, or any array that ``axes`` makes sense for.
+        gamma: scale, the shape of the axes that are kept: ``(C,)`` for ``axes="spatial"``; 1 where ``None``.
+        beta: shift, like ``gamma``; 0 where ``None``.
+        running_mean: like ``gamma``; not written to, the updated one is returned.
+        running_var: like ``gamma``; not written to, the updated one is returned.
+        axes: ``"spatial"`` (one statistic a channel), ``"per-activation"`` (one a feature and place) or the axes to reduce.
+        eps: added to the variance under the root.
+        decay: weight of the past in the running statistics (torch's ``1 - momentum``).
+        unbiased: keep the unbiased variance as running variance, as torch does; Keras and Flax keep the biased one.
+        mask: bool, broadcastable to the reduced axes ``(N, *spatial)``, true where a value is valid. Other places are not
+            looked at, get the output 0 and the gradient 0.
+        sample_weight: frequencies, ``(N,)`` or broadcastable to the reduced axes.
+        virtual_batch_size: normalize ghost batches of this many samples each; see `ghost_batches`.
+        renorm: correct towards the running statistics by constants ``r``, ``d``: ``y = γ·(x̂·r + d) + β``.
+
+    Returns:
+        `Normalized`: ``y``, the Moments of the whole batch, and the new running statistics.
+
+    Raises:
+        OptionError: ``axes`` or ``virtual_batch_size`` out of range, ``renorm`` without running statistics.
+        ShapeError: arrays that do not fit ``x``.
+
+    Example:
+        >>> import numpy as np
+        >>> batch_norm_train(np.array([[1.0], [3.0]]), eps=0.0).y
+        array([[-1.],
+               [ 1.]])
+
+    Reference:
+        Ioffe, Szegedy 2015, Algorithm 1. Ghost batches: Hoffer, Hubara, Soudry 2017 (arXiv:1705.08741), Algorithm 1.
+        Renormalization: Ioffe 2017 (arXiv:1702.03275).
+    """
+    outputs, parts = [], []
+    for batch in _groups(x, axes, mask, sample_weight, virtual_batch_size):
+        moments, x_hat, _ = _standardize(batch, eps)
+        r, d = _renorm_constants(batch, moments, running_mean, running_var, eps, renorm)
+        y = batch.per_channel(gamma, 1.0) * (x_hat * r + d) + batch.per_channel(beta, 0.0)
+        outputs.append(y)
+        parts.append(moments)
+    xp = namespace(x)
+    y = outputs[0] if len(outputs) == 1 else xp.concat(outputs, axis=0)
+    y = _only_valid(xp.astype(y, x.dtype), mask, reduced_axes(axes, x.ndim))
+    moments = parts[0].merge(*parts[1:])
+    if running_mean is None or running_var is None:
+        return Normalized(y, moments, None, None)
+    return Normalized(
+        y, moments, *update_running(running_mean, running_var, moments, decay=decay, unbiased=unbiased)
+    )
+
+
+def batch_norm_backward(
+    dy: Array,
+    x: Array,
+    gamma: Array | None = None,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    *,
+    axes: Axes = "spatial",
+    eps: float = 1e-5,
+    mask: Array | None = None,
+    sample_weight: Array | None = None,
+    virtual_batch_size: int | None = None,
+    renorm: Renorm | None = None,
+) -> Gradients:
+    """Return the gradients of `batch_norm_train` for the upstream gradient ``dy``.
+
+    ::
+
+        dx̂ = γ·r·dy         dx = (dx̂ - w/W · Σ dx̂ - x̂ · w/W · Σ dx̂·x̂) / √(σ² + ε)         W = Σ w
+        dγ = Σ dy·(x̂·r + d)         dβ = Σ dy
+
+    This is the paper's chain of six gradients in closed form. ``Σ`` runs over a ghost batch; ``r``, ``d`` are constants.
+
+    Args:
+        dy: gradient with respect to ``y``, the shape of ``x``.
+        x: as in the forward, like all other arguments.
+        gamma: see `batch_norm_train`.
+        running_mean: the running mean before the step; read by ``renorm`` only.
+        running_var: the running variance before the step; read by ``renorm`` only.
+        axes: see `batch_norm_train`.
+        eps: see `batch_norm_train`.
+        mask: see `batch_norm_train`.
+        sample_weight: see `batch_norm_train`.
+        virtual_batch_size: see `batch_norm_train`.
+        renorm: see `batch_norm_train`.
+
+    Returns:
+        `Gradients`: ``dx`` in the dtype of ``x``; ``dgamma`` and ``dbeta`` in float64.
+
+    Raises:
+        ShapeError: ``dy`` and ``x`` differ in shape.
+
+    Example:
+        >>> import numpy as np
+        >>> x, dy = np.array([[1.0], [2.0], [4.0]]), np.array([[1.0], [0.0], [0.0]])
+        >>> abs(batch_norm_backward(dy, x).dx.sum()) < 1e-12    # shifting the whole batch changes nothing
+        np.True_
+
+    Reference:
+        Ioffe, Szegedy 2015, section 3, the equations of the backward pass.
+    """
+    if dy.shape != x.shape:
+        raise ShapeError(f"dy must have the shape of x, {tuple(x.shape)}, got {tuple(dy.shape)}")
+    reduced = reduced_axes(axes, x.ndim)
+    xp = namespace(x)
+    upstream = _only_valid(widen(dy), mask, reduced)
+    dx, dgamma, dbeta, start = [], 0.0, 0.0, 0
+    for batch in _groups(x, axes, mask, sample_weight, virtual_batch_size):
+        g = upstream[start : start + batch.x.shape[0]]
+        start += batch.x.shape[0]
+        moments, x_hat, inv = _standardize(batch, eps)
+        r, d = _renorm_constants(batch, moments, running_mean, running_var, eps, renorm)
+        dx_hat = batch.per_channel(gamma, 1.0) * r * g
+        share = (1.0 if batch.weight is None else batch.weight) / _filled(moments.count)
+        dx.append(inv * (dx_hat - share * batch.total(dx_hat) - x_hat * share * batch.total(dx_hat * x_hat)))
+        dgamma = dgamma + xp.sum(g * (x_hat * r + d), axis=reduced)
+        dbeta = dbeta + xp.sum(g, axis=reduced)
+    return Gradients(
+        _only_valid(xp.astype(xp.concat(dx, axis=0), x.dtype), mask, reduced), dgamma, dbeta
+    )
+
+
+def batch_norm_inference(
+    x: Array,
+    mean: Array,
+    variance: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    axes: Axes = "spatial",
+    eps: float = 1e-5,
+) -> Array:
+    """Normalize with fixed statistics: ``y = γ · (x - mean) / √(variance + ε) + β``.
+
+    The difference is taken before the scaling: ``x·scale + shift`` would cancel where the mean is far from zero.
+
+    Args:
+        x: ``(N, C, *spatial)``, or any array that ``axes`` makes sense for.
+        mean: the shape of the axes that are kept, ``(C,)`` for ``axes="spatial"``.
+        variance: like ``mean``.
+        gamma: like ``mean``; 1 where ``None``.
+        beta: like ``mean``; 0 where ``None``.
+        axes: the axes that the statistics were taken over.
+        eps: added to the variance under the root.
+
+    Returns:
+        The output, shape and dtype of ``x``.
+
+    Raises:
+        ShapeError: arrays that do not fit ``x``.
+
+    Example:
+        >>> import numpy as np
+        >>> batch_norm_inference(np.array([[7.0]]), np.array([1.0]), np.array([4.0]), eps=0.0)
+        array([[3.]])
+
+    Reference:
+        Ioffe, Szegedy 2015, Algorithm 2, line 11.
+    """
+    batch = _Batch(widen(x), None, reduced_axes(axes, x.ndim))
+    inv = 1.0 / (batch.per_channel(variance, 0.0) + eps) ** 0.5
+    centred = batch.x - batch.per_channel(mean, 0.0)
+    y = batch.per_channel(gamma, 1.0) * (centred * inv) + batch.per_channel(beta, 0.0)
+    return namespace(x).astype(y, x.dtype)
+
+
+def batch_norm_inference_backward(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    variance: Array,
+    gamma: Array | None = None,
+    *,
+    axes: Axes = "spatial",
+    eps: float = 1e-5,
+) -> Gradients:
+    """Return the gradients of `batch_norm_inference`: ``dx = γ·dy / √(variance + ε)``, the statistics being constants.
+
+    Args:
+        dy: gradient with respect to ``y``, the shape of ``x``.
+        x: as in the forward, like all other arguments.
+        mean: see `batch_norm_inference`.
+        variance: see `batch_norm_inference`.
+        gamma: see `batch_norm_inference`.
+        axes: see `batch_norm_inference`.
+        eps: see `batch_norm_inference`.
+
+    Returns:
+        `Gradients`: ``dx`` in the dtype of ``x``; ``dgamma`` and ``dbeta`` in float64.
+
+    Raises:
+        ShapeError: ``dy`` and ``x`` differ in shape.
+
+    Example:
+        >>> import numpy as np
+        >>> one = np.ones((1, 1))
+        >>> batch_norm_inference_backward(one, one, one[0], 4 * one[0], eps=0.0).dx
+        array([[0.5]])
+    """
+    if dy.shape != x.shape:
+        raise ShapeError(f"dy must have the shape of x, {tuple(x.shape)}, got {tuple(dy.shape)}")
+    xp, batch = namespace(x), _Batch(widen(x), None, reduced_axes(axes, x.ndim))
+    g = widen(dy)
+    inv = 1.0 / (batch.per_channel(variance, 0.0) + eps) ** 0.5
+    x_hat = (batch.x - batch.per_channel(mean, 0.0)) * inv
+    dx = batch.per_channel(gamma, 1.0) * inv * g
+    return Gradients(
+        xp.astype(dx, x.dtype), xp.sum(g * x_hat, axis=batch.axes), xp.sum(g, axis=batch.axes)
+    )
+
+
+def update_running(
+    running_mean: Array, running_var: Array, moments: Moments, *, decay: float = 0.9, unbiased: bool = True
+) -> tuple[Array, Array]:
+    """Move running statistics towards those of a batch: ``new = decay · old + (1 - decay) · batch``.
+
+    A batch without values changes nothing. One value says nothing about an unbiased variance, which then stays as it was.
+
+    Args:
+        running_mean: ``(C,)``.
+        running_var: ``(C,)``.
+        moments: of the batch.
+        decay: weight of the past.
+        unbiased: use ``m2 / (count - 1)`` (torch) or ``m2 / count`` (Keras, Flax).
+
+    Returns:
+        The new running mean and variance, in the dtypes of the old ones.
+
+    Example:
+        >>> import numpy as np
+        >>> update_running(np.zeros(1), np.ones(1), Moments(2, np.array([10.0]), np.array([8.0])), decay=0.5)
+        (array([5.]), array([4.5]))
+    """
+    xp = namespace(running_mean)
+    batch_var = moments.unbiased_variance if unbiased else moments.variance
+    mean = decay * widen(running_mean) + (1 - decay) * moments.mean
+    var = decay * widen(running_var) + (1 - decay) * batch_var
+    return (
+        where(moments.count > 0, xp.astype(mean, running_mean.dtype), running_mean),
+        where(moments.count > int(unbiased), xp.astype(var, running_var.dtype), running_var),
+    )
+
+
+def ghost_batches(samples: int, size: int | None) -> list[slice]:
+    """Cut a batch into ghost batches of ``size``; the last may be smaller, but a single sample joins its neighbour.
+
+    Raises:
+        OptionError: ``size`` is below two.
+
+    Example:
+        >>> [(s.start, s.stop) for s in ghost_batches(9, 4)]
+        [(0, 4), (4, 9)]
+    """
+    if size is None or samples <= (size if size >= 2 else 0):
+        return [slice(0, samples)]
+    if size < 2:
+        raise OptionError(f"virtual_batch_size must be at least 2 samples, got {size}")
+    starts = list(range(0, samples, size))
+    if samples - starts[-1] == 1:
+        starts.pop()
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], samples], strict=True)]
+
+
+def _groups(
+    x: Array, axes: Axes, mask: Array | None, sample_weight: Array | None, virtual_batch_size: int | None
+) -> list[_Batch]:
+    """Return the normalization groups of ``x``: one, or its ghost batches."""
+    reduced = reduced_axes(axes, x.ndim)
+    if virtual_batch_size is not None and 0 not in reduced:
+        raise OptionError(f"virtual_batch_size cuts axis 0, so axis 0 must be in axes, got axes {reduced}")
+    # also out of the graph of derivatives: a NaN in the padding must not come back as 0 · NaN
+    wide, weight = _only_valid(widen(x), mask, reduced), _weights(x, reduced, mask, sample_weight)
+    if virtual_batch_size is None:
+        return [_Batch(wide, weight, reduced)]
+    return [
+        _Batch(wide[part], None if weight is None else weight[part], reduced)
+        for part in ghost_batches(x.shape[0], virtual_batch_size)
+    ]
+
+
+def _standardize(batch: _Batch, eps: float) -> tuple[Moments, Array, Array]:
+    moments = Moments.of(batch.x, batch.axes, batch.weight)  # (1), (2)
+    inv = 1.0 / (expand(moments.variance, batch.x, batch.axes) + eps) ** 0.5
+    return moments, (batch.x - expand(moments.mean, batch.x, batch.axes)) * inv, inv  # (3)
+
+
+def _renorm_constants(
+    batch: _Batch,
+    moments: Moments,
+    running_mean: Array | None,
+    running_var: Array | None,
+    eps: float,
+    renorm: Renorm | None,
+) -> tuple[Any, Any]:
+    """Return ``r = clip(σ_B / σ, 1/rmax, rmax)`` and ``d = clip((μ_B - μ) / σ, -dmax, dmax)``."""
+    if renorm is None:
+        return 1.0, 0.0
+    if running_mean is None or running_var is None:
+        raise OptionError("renorm corrects towards running statistics: give running_mean and running_var")
+    xp = namespace(batch.x)
+    sigma = (widen(running_var) + eps) ** 0.5
+    r = xp.clip((moments.variance + eps) ** 0.5 / sigma, 1 / renorm.rmax, renorm.rmax)
+    d = xp.clip((moments.mean - widen(running_mean)) / sigma, -renorm.dmax, renorm.dmax)
+    return tuple(expand(constant(v), batch.x, batch.axes) for v in (r, d))
+
+
+def _weights(
+    x: Array, axes: tuple[int, ...], mask: Array | None, sample_weight: Array | None
+) -> Array | None:
+    """Return mask times weights, of full size along the reduced axes and of size 1 along the others."""
+    wide = widen(x[:0]).dtype
+    weight = None if mask is None else namespace(x).astype(_over_axes(mask, x, axes, "mask"), wide)
+    if sample_weight is not None:
+        if sample_weight.ndim == 1:
+            first = [1] * len(axes)
+            first[0] = sample_weight.shape[0]
+            sample_weight = namespace(x).reshape(sample_weight, tuple(first))
+        frequency = widen(_over_axes(sample_weight, x, axes, "sample_weight"))
+        weight = frequency if weight is None else weight * frequency
+    return weight
+
+
+def _only_valid(values: Array, mask: Array | None, axes: tuple[int, ...]) -> Array:
+    if mask is None:
+        return values
+    xp = namespace(values)
+    return xp.where(_over_axes(mask, values, axes, "mask"), values, xp.zeros_like(values))
+
+
+def _over_axes(v: Array, x: Array, axes: tuple[int, ...], name: str) -> Array:
+    """Broadcast ``v`` to the reduced axes of ``x`` and give it size 1 along the others."""
+    xp, sizes = namespace(x), tuple(x.shape[i] for i in axes)
+    if name == "mask" and not xp.isdtype(v.dtype, "bool"):
+        raise ShapeError(f"mask must be bool, true where a value is valid, got dtype {v.dtype}")
+    shape = (1,) * (len(sizes) - v.ndim) + tuple(v.shape)
+    if len(shape) > len(sizes) or any(a not in (1, b) for a, b in zip(shape, sizes, strict=True)):
+        raise ShapeError(
+            f"{name} must broadcast to {sizes}, the reduced axes {axes} of an input of shape {tuple(x.shape)}, "
+            f"got {tuple(v.shape)}"
+        )
+    full = xp.broadcast_to(xp.reshape(v, shape), sizes)
+    return xp.reshape(full, tuple(n if i in axes else 1 for i, n in enumerate(x.shape)))
+
+
+def _filled(count: Any) -> Any:
+    """Return the count, or 1 where it is 0."""
+    return count + (count == 0)

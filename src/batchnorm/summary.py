@@ -1,0 +1,93 @@
+"""The table of a network: what each layer puts out, what of it is trained, and what is only measured."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from batchnorm.graph import Layer
+from batchnorm.models import adapt
+
+__all__ = ["Summary", "summary"]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The layers of a network; prints as a table."""
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def trainable(self) -> int:
+        """Numbers that an optimizer moves."""
+        return sum(layer.trainable for layer in self.layers)
+
+    @property
+    def statistics(self) -> int:
+        """Numbers that a forward pass moves: running means and variances."""
+        return sum(layer.statistics for layer in self.layers)
+
+    @property
+    def parameters(self) -> int:
+        """All numbers: trainable, frozen, statistics."""
+        return sum(layer.parameters for layer in self.layers)
+
+    def __str__(self) -> str:
+        head = ("Layer (type)", "Output shape", "Params", "Trainable", "Statistics")
+        rows = [
+            (
+                f"{layer.name} ({layer.kind})",
+                "not called" if layer.output_shape is None else _shape(layer.output_shape),
+                f"{layer.parameters:,}",
+                f"{layer.trainable:,}",
+                f"{layer.statistics:,}",
+            )
+            for layer in self.layers
+        ]
+        widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+        lines = [_line(row, widths) for row in (head, *rows)]
+        rule = "─" * len(lines[0])
+        total = (
+            f"{self.parameters:,} parameters: {self.trainable:,} trainable, {self.statistics:,} running statistics, "
+            f"{self.parameters - self.trainable - self.statistics:,} frozen"
+        )
+        return "\n".join([lines[0], rule, *lines[1:], rule, total])
+
+
+def summary(model: Any, example: Any | None = None) -> Summary:
+    """Tell for each layer its output shape and parameters, and which of them are trained.
+
+    Of the four numbers that batch normalization keeps for a feature, two are trainable (γ, β) and two are not (running mean
+    and variance): they are statistics, moved by forward passes and not by the optimizer.
+
+    Args:
+        model: a ``torch.nn.Module``; it is run once on ``example`` in evaluation mode and left as it was.
+        example: an input, or a tuple of inputs; without one the output shapes are not known.
+
+    Returns:
+        `Summary`: iterate over ``.layers``, or print it.
+
+    Raises:
+        OptionError: ``model`` is of no known framework, or fails on ``example``.
+
+    Example:
+        >>> import torch
+        >>> from batchnorm.torch import BatchNorm1d
+        >>> net = torch.nn.Sequential(torch.nn.Flatten(), BatchNorm1d(784), torch.nn.Linear(784, 300))
+        >>> print(summary(net, torch.zeros(1, 28, 28)))
+        Layer (type)     Output shape   Params  Trainable  Statistics
+        ─────────────────────────────────────────────────────────────
+        0 (Flatten)      (None, 784)         0          0           0
+        1 (BatchNorm1d)  (None, 784)     3,136      1,568       1,568
+        2 (Linear)       (None, 300)   235,500    235,500           0
+        ─────────────────────────────────────────────────────────────
+        238,636 parameters: 237,068 trainable, 1,568 running statistics, 0 frozen
+    """
+    return Summary(tuple(adapt(model).layers(example)))
+
+
+def _shape(sizes: tuple[int | None, ...]) -> str:
+    return f"({', '.join(map(str, sizes))}{',' if len(sizes) == 1 else ''})"
+
+
+def _line(row: tuple[str, ...], widths: list[int]) -> str:
+    cells = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+    return "  ".join(cells)
