@@ -109,7 +109,8 @@ def batch_norm_train(
         `Normalized`: ``y``, the Moments of the whole batch, and the new running statistics.
 
     Raises:
-        OptionError: ``axes`` or ``virtual_batch_size`` out of range, ``renorm`` without running statistics.
+        OptionError: ``axes``, ``virtual_batch_size`` or ``renorm`` out of range, ``renorm`` without running statistics, one
+            running statistic without the other.
         ShapeError: arrays that do not fit ``x``.
 
     Example:
@@ -122,6 +123,7 @@ def batch_norm_train(
         Ioffe, Szegedy 2015, Algorithm 1. Ghost batches: Hoffer, Hubara, Soudry 2017 (arXiv:1705.08741), Algorithm 1.
         Renormalization: Ioffe 2017 (arXiv:1702.03275).
     """
+    _check_running(x, axes, running_mean, running_var, renorm)
     outputs, parts = [], []
     for batch in _groups(x, axes, mask, sample_weight, virtual_batch_size):
         moments, x_hat, _ = _standardize(batch, eps)
@@ -180,7 +182,8 @@ def batch_norm_backward(
         `Gradients`: ``dx`` in the dtype of ``x``; ``dgamma`` and ``dbeta`` in float64.
 
     Raises:
-        ShapeError: ``dy`` and ``x`` differ in shape.
+        OptionError: as in the forward.
+        ShapeError: ``dy`` and ``x`` differ in shape, or as in the forward.
 
     Example:
         >>> import numpy as np
@@ -193,6 +196,7 @@ def batch_norm_backward(
     """
     if dy.shape != x.shape:
         raise ShapeError(f"dy must have the shape of x, {tuple(x.shape)}, got {tuple(dy.shape)}")
+    _check_running(x, axes, running_mean, running_var, renorm)
     reduced = reduced_axes(axes, x.ndim)
     xp = namespace(x)
     upstream = _only_valid(widen(dy), mask, reduced)
@@ -353,6 +357,20 @@ def ghost_batches(samples: int, size: int | None) -> list[slice]:
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], samples], strict=True)]
 
 
+def _check_running(
+    x: Array, axes: Axes, running_mean: Array | None, running_var: Array | None, renorm: Renorm | None
+) -> None:
+    """Refuse running statistics that come alone or broadcast by accident, and bounds that exclude plain normalization."""
+    given = {"running_mean": running_mean, "running_var": running_var}
+    names = [name for name, v in given.items() if v is not None]
+    if len(names) == 1:
+        raise OptionError(f"running_mean and running_var must both be given or both be None, got {names[0]} alone")
+    for name in names:
+        expand(given[name], x, reduced_axes(axes, x.ndim))
+    if renorm is not None and not (renorm.rmax >= 1 and renorm.dmax >= 0):
+        raise OptionError(f"renorm must have rmax of at least 1 and dmax of at least 0, got {renorm}")
+
+
 def _groups(
     x: Array, axes: Axes, mask: Array | None, sample_weight: Array | None, virtual_batch_size: int | None
 ) -> list[_Batch]:
@@ -407,7 +425,7 @@ def _weights(
             first = [1] * len(axes)
             first[0] = sample_weight.shape[0]
             sample_weight = namespace(x).reshape(sample_weight, tuple(first))
-        frequency = widen(_over_axes(sample_weight, x, axes, "sample_weight"))
+        frequency = namespace(x).astype(_over_axes(sample_weight, x, axes, "sample_weight"), wide)
         weight = frequency if weight is None else weight * frequency
     return weight
 

@@ -1,0 +1,110 @@
+"""Hand tasks to workers: local processes, a Dask cluster or a Ray cluster. Rows come back as they are finished."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from batchnorm.errors import MissingDependencyError, OptionError
+from batchnorm.lab.data import Dataset
+from batchnorm.lab.train import Recipe, Task, train
+
+__all__ = ["PARALLEL", "run"]
+
+PARALLEL = ("processes", "dask", "ray")
+
+Finished = Iterator[tuple[Task, dict[str, Any]]]
+
+
+def run(
+    tasks: Sequence[Task],
+    recipe: Recipe,
+    data: Dataset,
+    *,
+    jobs: int = 1,
+    parallel: str = "processes",
+    cluster: str | None = None,
+) -> Finished:
+    """Train every task and yield ``(task, row)`` in the order of their ends.
+
+    Args:
+        tasks: what to train.
+        recipe: what all runs share.
+        data: sent to every worker once, not with every task.
+        jobs: local processes, one thread each; a cluster decides itself.
+        parallel: ``"processes"``, ``"dask"`` or ``"ray"``.
+        cluster: address of the scheduler; ``None`` takes the one that the environment names.
+
+    Raises:
+        OptionError: unknown ``parallel``, or no cluster at the address.
+        MissingDependencyError: the cluster's package is not installed.
+    """
+    runners = {"processes": _processes, "dask": _dask, "ray": _ray}
+    if parallel not in runners:
+        raise OptionError(f"parallel must be one of {', '.join(PARALLEL)}, got {parallel!r}")
+    if not tasks:
+        return iter(())
+    if parallel == "processes":
+        return _processes(tasks, recipe, data, min(jobs, len(tasks)))
+    return runners[parallel](tasks, recipe, data, cluster)
+
+
+def _train(task: Task, recipe: Recipe, data: Dataset) -> tuple[Task, dict[str, Any]]:
+    return task, train(task, recipe, data)
+
+
+def _processes(tasks: Sequence[Task], recipe: Recipe, data: Dataset, jobs: Any) -> Finished:
+    if jobs == 1:
+        return (_train(task, recipe, data) for task in tasks)
+    from joblib import Parallel, delayed, parallel_config
+
+    with parallel_config(backend="loky", n_jobs=jobs, inner_max_num_threads=1):
+        return iter(
+            Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="2*n_jobs")(
+                delayed(_train)(task, recipe, data) for task in tasks
+            )
+        )
+
+
+def _dask(tasks: Sequence[Task], recipe: Recipe, data: Dataset, address: Any) -> Finished:
+    try:
+        from distributed import Client
+        from joblib import Parallel, delayed, parallel_config
+    except ImportError as error:
+        raise MissingDependencyError("--parallel dask needs Dask: pip install 'batchnorm[dask]'") from error
+    try:
+        client = Client(address, timeout="10s") if address else Client.current()
+    except (OSError, ValueError) as error:
+        raise OptionError(
+            f"--parallel dask needs a running cluster at --cluster tcp://HOST:PORT, got {address!r}: {error}"
+        ) from error
+    try:
+        with parallel_config(backend="dask", n_jobs=-1, client=client, scatter=[data]):
+            yield from Parallel(return_as="generator_unordered", batch_size=1)(
+                delayed(_train)(task, recipe, data) for task in tasks
+            )
+    finally:
+        if address:
+            client.close()
+
+
+def _ray(tasks: Sequence[Task], recipe: Recipe, data: Dataset, address: Any) -> Finished:
+    """Run on Ray by its own calls: joblib's Ray backend can't return rows one by one, and rows must be durable."""
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingDependencyError("--parallel ray needs Ray: pip install 'batchnorm[ray]'") from error
+    ours = not ray.is_initialized()
+    try:
+        ray.init(address=address or "auto", ignore_reinit_error=True, log_to_driver=False, configure_logging=False)
+    except ConnectionError as error:
+        raise OptionError(
+            f"--parallel ray needs a running cluster at --cluster HOST:PORT, got {address!r}: {error}"
+        ) from error
+    try:
+        remote, shared = ray.remote(num_cpus=1)(_train), ray.put(data)
+        pending = [remote.remote(task, recipe, shared) for task in tasks]
+        while pending:
+            done, pending = ray.wait(pending)
+            yield ray.get(done[0])
+    finally:
+        if ours:
+            ray.shutdown()

@@ -1,0 +1,219 @@
+"""Train one network: one arm, one learning rate, one seed. The same task gives the same numbers everywhere."""
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own abbreviation
+from torch import nn
+
+from batchnorm.lab.arms import Arm
+from batchnorm.lab.data import Dataset, Split
+from batchnorm.lab.networks import ACTIVATIONS, GLOBAL_RNG, build
+from batchnorm.torch.evaluation import evaluating
+
+__all__ = ["Recipe", "Task", "score", "train", "train_network"]
+
+CURVE_POINTS = 50
+PERCENTILE_POINTS = 20
+PERCENTILES = (0.15, 0.50, 0.85)
+PROBE_ROWS = 256
+CURVE_ROWS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What all runs of a comparison share.
+
+    Args:
+        model: name of a network, or ``package.module:factory``.
+        steps: of stochastic gradient descent, at a constant learning rate, without momentum.
+        batch_size: rows a step, where the arm names none; the last odd batch of an epoch is left out.
+    """
+
+    model: str
+    steps: int
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One run of a comparison."""
+
+    arm: Arm
+    learning_rate: float
+    seed: int
+
+
+def train(task: Task, recipe: Recipe, data: Dataset) -> dict[str, Any]:
+    """Train one network and return its row; a network whose loss is no longer finite stops and is marked diverged."""
+    with _one_thread():
+        return train_network(task, recipe, data)[1]
+
+
+def train_network(task: Task, recipe: Recipe, data: Dataset) -> tuple[nn.Module, dict[str, Any]]:
+    """Train one network and return it with its row."""
+    started = time.perf_counter()
+    split = data.split(task.seed)
+    x, y = torch.from_numpy(split.x_train), torch.from_numpy(split.y_train)
+    network = build(recipe.model, data.shape, len(data.classes), task.arm, task.seed, x)
+    watch = _Watch(network, split, recipe.steps)
+    optimizer = torch.optim.SGD(network.parameters(), lr=task.learning_rate, foreach=False)
+    diverged, step = False, 0
+    batches = _batches(len(y), task.arm.batch_size or recipe.batch_size, task.seed)
+    with _own_rng(task.seed):
+        for step in range(1, recipe.steps + 1):
+            network.train()
+            rows = next(batches)
+            loss = F.cross_entropy(network(x[rows]), y[rows])
+            diverged = not math.isfinite(loss.item())
+            if diverged:
+                break
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            watch.look(step, loss.item())
+    val, test = score(network, split.x_val, split.y_val), score(network, split.x_test, split.y_test)
+    diverged = diverged or not math.isfinite(val[0] + test[0])
+    row = {
+        "arm": task.arm.name,
+        "learning_rate": task.learning_rate,
+        "seed": task.seed,
+        "status": "diverged" if diverged else "trained",
+        "steps": step,
+        "val_log_loss": None if diverged else val[0],
+        "val_accuracy": None if diverged else val[1],
+        "test_log_loss": None if diverged else test[0],
+        "test_accuracy": None if diverged else test[1],
+        "curve": watch.curve,
+        "units": watch.units(),
+        "seconds": time.perf_counter() - started,
+        "memory_mb": _peak_memory_mb(),
+        "threads": torch.get_num_threads(),
+        "worker": os.getpid(),
+    }
+    return network, row
+
+
+def score(network: nn.Module, x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Return mean log-loss in nats and accuracy in evaluation mode."""
+    total, right = 0.0, 0
+    with evaluating(network):
+        for i in range(0, len(y), 4096):
+            logits, labels = network(torch.from_numpy(x[i : i + 4096])), torch.from_numpy(y[i : i + 4096])
+            total += F.cross_entropy(logits.double(), labels, reduction="sum").item()
+            right += int((logits.argmax(1) == labels).sum())
+    return total / len(y), right / len(y)
+
+
+def _batches(rows: int, size: int, seed: int) -> Iterator[torch.Tensor]:
+    """Yield batches of row numbers for ever, each epoch in an order of its own."""
+    rng = np.random.default_rng(seed)
+    while True:
+        order = torch.from_numpy(rng.permutation(rows))
+        yield from (order[i : i + size] for i in range(0, rows - size + 1, size))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Give each run one thread: parallel runs share the cores without fighting for them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _own_rng(seed: int) -> Iterator[None]:
+    """Let dropout and the like in a user's network draw from the seed, and leave the global generator as it was."""
+    with GLOBAL_RNG:
+        before = torch.get_rng_state()
+        torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        with GLOBAL_RNG:
+            torch.set_rng_state(before)
+
+
+def _peak_memory_mb() -> float:
+    """Return the most memory that this process ever held; ``ru_maxrss`` would count that of its parent."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    info = psutil.Process().memory_info()
+    return float(getattr(info, "peak_wset", info.rss)) / 2**20
+
+
+class _Watch:
+    """Records the learning curve, and what flows into the activations, without moving any running statistic."""
+
+    def __init__(self, network: nn.Module, split: Split, steps: int) -> None:
+        self.network, self.split = network, split
+        self.curve: list[list[float | None]] = []
+        self.curve_every = max(1, steps // CURVE_POINTS)
+        self.probe_every = max(1, steps // PERCENTILE_POINTS)
+        self.probe = torch.from_numpy(split.x_val[:PROBE_ROWS])
+        self.probed: list[tuple[int, list[torch.Tensor]]] = []
+
+    def look(self, step: int, loss: float) -> None:
+        if step % self.curve_every == 0:
+            val = score(self.network, self.split.x_val[:CURVE_ROWS], self.split.y_val[:CURVE_ROWS])
+            self.curve.append([step, *(v if math.isfinite(v) else None for v in (loss, *val))])
+        if step % self.probe_every == 0 or step == 1:
+            self.probed.append((step, self._percentiles()))
+
+    def _percentiles(self) -> list[torch.Tensor]:
+        """Return for each activation layer the percentiles of its inputs, ``(3, units)``, in training mode."""
+        found: list[torch.Tensor] = []
+
+        def note(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            values = inputs[0].detach().double()
+            units = values.transpose(0, 1).flatten(1)
+            found.append(torch.quantile(units[:, :4096], torch.tensor(PERCENTILES).double(), dim=1))
+
+        kinds = tuple(ACTIVATIONS.values())
+        layers = [module for module in self.network.modules() if isinstance(module, kinds)]
+        hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+        # the copies take the updates of the running statistics
+        copies = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
+        try:
+            with torch.no_grad():
+                torch.func.functional_call(self.network, copies, (self.probe,))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    def units(self) -> list[dict[str, Any]]:
+        """Return for each activation layer the path of its first unit's percentiles, and the drift of all its units.
+
+        Drift is the way that the median of a unit goes during training, in units of its mean 15–85 % spread; the layer's
+        is the median over its units.
+        """
+        layers = []
+        for layer in zip(*(found for _, found in self.probed), strict=True):
+            path = torch.stack(layer)
+            spread = (path[:, 2] - path[:, 0]).mean(0)
+            way = path[:, 1].diff(dim=0).abs().sum(0)
+            drift = (way / spread.clamp_min(torch.finfo(torch.float64).tiny)).median().item()
+            first = path[:, :, 0]
+            layers.append(
+                {
+                    "steps": [step for step, _ in self.probed],
+                    "percentiles": cast(list[list[float]], first.nan_to_num(0.0, 0.0, 0.0).tolist()),
+                    "drift": drift if math.isfinite(drift) else None,
+                }
+            )
+        return layers
