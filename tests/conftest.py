@@ -12,7 +12,7 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded():
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 - third-party code draws from the global generators
+    np.random.seed(0)
     torch.manual_seed(0)
 
 

@@ -169,9 +169,7 @@ def test_one_value_a_channel_gives_beta_and_no_gradient():
 def test_two_values_a_channel_give_plus_and_minus_one_and_no_gradient(rng):
     dy, x = rng.normal(size=(2, 4)), rng.normal(size=(2, 4))
     same(batch_norm_train(x, eps=0.0).y, np.sign(x - x.mean(0)))
-    same(
-        batch_norm_backward(dy, x, eps=0.0).dx, np.zeros((2, 4)), atol=1e-11
-    )  # divided by deviations down to 0.1
+    same(batch_norm_backward(dy, x, eps=0.0).dx, np.zeros((2, 4)), atol=1e-11)  # divided by deviations down to 0.1
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 40))
@@ -315,9 +313,7 @@ def test_jax_gives_the_same_numbers_and_gradients(case):
 
 def test_jax_without_float64_computes_in_float32(rng):
     x = rng.normal(size=(9, 3)).astype(np.float32)
-    got = batch_norm_train(
-        jax.numpy.asarray(x), running_mean=jax.numpy.zeros(3), running_var=jax.numpy.ones(3)
-    )
+    got = batch_norm_train(jax.numpy.asarray(x), running_mean=jax.numpy.zeros(3), running_var=jax.numpy.ones(3))
     assert {v.dtype.name for v in (got.y, got.moments.mean, got.running_var)} == {"float32"}
     assert_near(got.y, batch_norm_train(x.astype(np.float64)).y)
 
@@ -501,9 +497,7 @@ def test_masked_places_are_zero_in_output_and_gradient():
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize(
-    "name", ["mask", "mask and weights", "masked, weighted ghosts", "masked ghosts with renorm"]
-)
+@pytest.mark.parametrize("name", ["mask", "mask and weights", "masked, weighted ghosts", "masked ghosts with renorm"])
 def test_what_is_masked_reaches_no_bit_of_the_results(name, poison):
     case = CASES[name]
     dy, x, gamma, beta = case.arrays()
@@ -560,9 +554,7 @@ def test_a_ghost_batch_that_is_masked_altogether_leaves_the_others_alone():
     same(grads.dx[2:], batch_norm_backward(dy[2:], x[2:], gamma).dx)
 
 
-@pytest.mark.parametrize(
-    "name", ["mask", "mask of places", "sample weights", "weights of places", "mask and weights"]
-)
+@pytest.mark.parametrize("name", ["mask", "mask of places", "sample weights", "weights of places", "mask and weights"])
 def test_statistics_are_weighted_averages_over_what_is_valid(name):
     case = CASES[name]
     _, x, gamma, beta = case.arrays()
@@ -708,9 +700,7 @@ def corrections(x, running_mean, running_var, bounds, eps=1e-5):
     return r, np.clip((x.mean(0) - running_mean) / sigma, -bounds.dmax, bounds.dmax)
 
 
-@pytest.mark.parametrize(
-    "bounds", [Renorm(np.inf, np.inf), Renorm(1.5, 0.4)], ids=["free", "half of it clipped"]
-)
+@pytest.mark.parametrize("bounds", [Renorm(np.inf, np.inf), Renorm(1.5, 0.4)], ids=["free", "half of it clipped"])
 def test_the_corrections_of_renorm_are_constants_for_the_gradient(bounds):
     dy, x, gamma, beta = Case((7, 2), (2,), {}).arrays()
     running = np.array([0.5, 3.0]), np.array([3.0, 0.3])
@@ -766,9 +756,7 @@ def test_one_value_says_nothing_about_an_unbiased_variance():
     got = batch_norm_train(x, None, None, mean, var, decay=0.5)
     assert np.array_equal(got.running_mean, [2.0, 4.0])
     assert np.array_equal(got.running_var, var)
-    assert np.array_equal(
-        batch_norm_train(x, None, None, mean, var, decay=0.5, unbiased=False).running_var, var / 2
-    )
+    assert np.array_equal(batch_norm_train(x, None, None, mean, var, decay=0.5, unbiased=False).running_var, var / 2)
 
 
 def test_channels_with_and_without_values_are_told_apart():
@@ -811,9 +799,7 @@ def test_inference_is_the_same_on_torch_and_jax(case):
     y = batch_norm_inference(*inputs, **case.options)
     same(y.detach(), expected)
     grads = torch.autograd.grad(y, [inputs[0], *inputs[3:]], torch.from_numpy(dy))
-    for by_autograd, by_hand in zip(
-        grads, batch_norm_inference_backward(dy, *arrays[:4], **case.options), strict=True
-    ):
+    for by_autograd, by_hand in zip(grads, batch_norm_inference_backward(dy, *arrays[:4], **case.options), strict=True):
         same(by_autograd, by_hand)
     with jax.enable_x64(True):
         same(batch_norm_inference(*map(jax.numpy.asarray, arrays), **case.options), expected)
@@ -827,9 +813,7 @@ def test_inference_errs_at_most_twice_as_much_as_torch(hard, dtype):
     leaves = [None if v is None else v.clone().requires_grad_() for v in (x, gamma, beta)]
     peer = torch.nn.functional.batch_norm(leaves[0], mean, variance, *leaves[1:])
     peer.backward(dy)
-    wide = [
-        None if v is None else v.numpy().astype(np.longdouble) for v in (dy, x, mean, variance, gamma, beta)
-    ]
+    wide = [None if v is None else v.numpy().astype(np.longdouble) for v in (dy, x, mean, variance, gamma, beta)]
     shape = (-1,) + (1,) * (x.ndim - 2)
     wide[2:] = [None if v is None else v.reshape(shape) for v in wide[2:]]
     slope = (1 if wide[4] is None else wide[4]) / np.sqrt(wide[3] + 1e-5)

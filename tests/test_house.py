@@ -1,6 +1,5 @@
 """What holds for the whole library: its names, what importing it costs, its errors, its docstrings."""
 
-import builtins
 import inspect
 import json
 import os
@@ -60,6 +59,7 @@ def fresh_python(code):
         capture_output=True,
         text=True,
         timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -74,9 +74,7 @@ def loaded_by(code):
 @pytest.mark.parametrize("room", ["functional", "torch"])
 def test_the_public_names_of_a_room_are_these(room):
     module = getattr(batchnorm, room)
-    public = [
-        name for name, v in vars(module).items() if not name.startswith("_") and not isinstance(v, ModuleType)
-    ]
+    public = [name for name, v in vars(module).items() if not name.startswith("_") and not isinstance(v, ModuleType)]
     assert sorted(public) == NAMES[f"batchnorm.{room}"]
 
 
@@ -86,9 +84,7 @@ def test_the_public_names_of_the_library_are_these():
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():
-    text = (
-        "module 'batchnorm' has no attribute 'normalise'; it has Affine, BatchNormError, Moments, compare, "
-    )
+    text = "module 'batchnorm' has no attribute 'normalise'; it has Affine, BatchNormError, Moments, compare, "
     with pytest.raises(AttributeError, match=re.escape(text)):
         _ = bn.normalise
     assert not hasattr(bn, "normalise")
@@ -148,9 +144,7 @@ STANDARD = {
 
 def test_every_error_is_listed_here_and_there():
     assert sorted(errors.__all__) == sorted([*STANDARD, "BatchNormError"])
-    defined = [
-        name for name, v in vars(errors).items() if isinstance(v, type) and issubclass(v, BaseException)
-    ]
+    defined = [name for name, v in vars(errors).items() if inspect.isclass(v)]
     assert sorted(defined) == sorted(errors.__all__)
 
 
@@ -162,11 +156,8 @@ def test_every_error_is_caught_as_ours_and_as_the_standard_one(name, standard):
     assert error.__doc__.endswith(".")
 
 
-def test_the_parent_of_all_errors_is_an_exception_and_no_more_special():
+def test_the_parent_of_all_errors_is_no_special_exception():
     assert errors.BatchNormError.__bases__ == (Exception,)
-    assert not any(
-        issubclass(errors.BatchNormError, getattr(builtins, s.__name__)) for s in STANDARD.values()
-    )
 
 
 @pytest.mark.parametrize(("room", "name"), PUBLIC, ids=[f"{room}.{name}" for room, name in PUBLIC])
@@ -175,11 +166,8 @@ def test_every_public_name_shows_an_example(room, name):
     if isinstance(thing, ModuleType):
         assert thing.__doc__
         return
-    documentation = inspect.getdoc(thing) or ""
-    # from its own docstring, not from that of a base class
-    assert (
-        thing.__doc__ == (vars(thing) if isinstance(thing, type) else {"__doc__": thing.__doc__})["__doc__"]
-    )
+    # not inspect.getdoc, which would take the docstring of a base class
+    documentation = inspect.cleandoc(thing.__doc__ or "")
     example = re.search(r"^Example:\n((?: {4}.*\n?|\n)+)", documentation, re.MULTILINE)
     assert example, f"{room}.{name} has no section 'Example:'"
     assert "    >>> " in example[1]

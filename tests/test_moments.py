@@ -3,10 +3,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import assert_near
 
 from batchnorm import Moments
 from batchnorm.errors import OptionError, ShapeError
+from oracle import assert_near
 
 sizes = st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(lambda s: sum(s) > 0)
 

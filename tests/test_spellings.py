@@ -76,9 +76,7 @@ def test_moments_of_float32_are_float32_without_cancellation(rng):
 def test_batch_normalization_broadcasts_from_the_right(rng, to, shape, with_scale, with_offset):
     x, mean, variance = rng.normal(size=(3, 4, 2, 5)), rng.normal(size=shape), rng.random(shape)
     offset, scale = rng.normal(size=(2, *shape))
-    expected = (x - mean) / np.sqrt(variance + 0.1) * (scale if with_scale else 1) + (
-        offset if with_offset else 0
-    )
+    expected = (x - mean) / np.sqrt(variance + 0.1) * (scale if with_scale else 1) + (offset if with_offset else 0)
     offset, scale = to(offset) if with_offset else None, to(scale) if with_scale else None
     y = batch_normalization(to(x), to(mean), to(variance), offset, scale, 0.1, name="bn")
     np.testing.assert_allclose(y, expected, **EXACT)
@@ -198,9 +196,7 @@ def test_one_running_statistic_without_the_other_is_refused(given):
         batch_normalization_train(X, THREE, THREE, **{given: THREE})
 
 
-@pytest.mark.parametrize(
-    ("axes", "text"), [("channels", "got 'channels'"), ((0, 2), "got (0, 2)"), ((), "got ()")]
-)
+@pytest.mark.parametrize(("axes", "text"), [("channels", "got 'channels'"), ((0, 2), "got (0, 2)"), ((), "got ()")])
 def test_unknown_axes_are_named(axes, text):
     with pytest.raises(OptionError, match=re.escape(text)):
         batch_normalization_train(X, THREE, THREE, axes)

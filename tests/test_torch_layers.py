@@ -144,9 +144,7 @@ def test_the_meta_device_gives_shapes_without_numbers(pair, options):
     x = torch.empty(pair.shape, device="meta", dtype=options.get("dtype"))
     assert ours(x).shape == torchs(x).shape == pair.shape
     assert ours(x).is_meta
-    assert {name: v.device.type for name, v in ours.state_dict().items()} == dict.fromkeys(
-        torchs.state_dict(), "meta"
-    )
+    assert {name: v.device.type for name, v in ours.state_dict().items()} == dict.fromkeys(torchs.state_dict(), "meta")
 
 
 @every_pair

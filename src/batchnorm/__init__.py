@@ -6,9 +6,10 @@ verb that needs them.
 """
 
 import sys
-from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from batchnorm.rooms import require
 
 __version__ = "0.1.0"
 
@@ -20,23 +21,23 @@ if TYPE_CHECKING:
     from batchnorm.moments import Moments as Moments
     from batchnorm.summary import summary as summary
 
-# public name -> the room it lives in
+# public name -> the room it lives in, the extra that the room needs
 _PUBLIC = {
-    "Affine": "batchnorm.affine",
-    "BatchNormError": "batchnorm.errors",
-    "Moments": "batchnorm.moments",
-    "compare": "batchnorm.lab",
-    "functional": "batchnorm.functional",
-    "summary": "batchnorm.summary",
+    "Affine": ("batchnorm.affine", ""),
+    "BatchNormError": ("batchnorm.errors", ""),
+    "Moments": ("batchnorm.moments", ""),
+    "compare": ("batchnorm.lab", "lab"),
+    "functional": ("batchnorm.functional", ""),
+    "summary": ("batchnorm.summary", ""),
 }
 
-__all__ = [*_PUBLIC]
+__all__ = ["Affine", "BatchNormError", "Moments", "compare", "functional", "summary"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'batchnorm' has no attribute {name!r}; it has {', '.join(__all__)}")
-    room = import_module(_PUBLIC[name])
+    room = require(*_PUBLIC[name])
     globals()[name] = value = getattr(room, name, room)
     return value
 

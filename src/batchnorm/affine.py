@@ -34,9 +34,7 @@ class Affine:
     shift: Array
 
     @classmethod
-    def from_moments(
-        cls, moments: "Moments", gamma: Array = 1.0, beta: Array = 0.0, eps: float = 1e-5
-    ) -> Self:
+    def from_moments(cls, moments: "Moments", gamma: Array = 1.0, beta: Array = 0.0, eps: float = 1e-5) -> Self:
         """Return batch normalization with fixed statistics as an Affine: `from_statistics` of the biased variance.
 
         Example:

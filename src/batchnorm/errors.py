@@ -13,7 +13,16 @@ __all__ = [
 
 
 class BatchNormError(Exception):
-    """The parent of every error that this library raises on purpose."""
+    """The parent of every error that this library raises on purpose.
+
+    Example:
+        >>> from batchnorm.functional import ghost_batches
+        >>> try:
+        ...     ghost_batches(8, size=1)
+        ... except BatchNormError as error:
+        ...     print(error)
+        virtual_batch_size must be at least 2 samples, got 1
+    """
 
 
 class OptionError(BatchNormError, ValueError):

@@ -46,9 +46,7 @@ class Moments:
         return cls(0, 0.0, 0.0)
 
     @classmethod
-    def of(
-        cls, x: Array, axes: str | int | Sequence[int] = "spatial", weight: Array | None = None
-    ) -> Self:
+    def of(cls, x: Array, axes: str | int | Sequence[int] = "spatial", weight: Array | None = None) -> Self:
         """Measure ``x`` in float64, centred, in two passes.
 
         ``mean = Σ w·x / Σ w`` and ``m2 = Σ w·(x - mean)² - (Σ w·(x - mean))² / Σ w``; the last term is zero in exact
@@ -95,9 +93,7 @@ class Moments:
             count = total.count + other.count
             d = other.mean - total.mean
             share = other.count / (count + (count == 0))
-            total = Moments(
-                count, total.mean + d * share, total.m2 + other.m2 + d * d * (total.count * share)
-            )
+            total = Moments(count, total.mean + d * share, total.m2 + other.m2 + d * d * (total.count * share))
         return total
 
     @property

@@ -21,6 +21,13 @@ class Renorm(NamedTuple):
     Args:
         rmax: bound of the ratio of deviations, ``1/rmax ≤ r ≤ rmax``; 1 is plain batch normalization.
         dmax: bound of the difference of means in deviations, ``-dmax ≤ d ≤ dmax``; 0 is plain batch normalization.
+
+    Example:
+        >>> import numpy as np
+        >>> x, zero, one = np.array([[1.0], [3.0]]), np.zeros(1), np.ones(1)
+        >>> batch_norm_train(x, None, None, zero, one, eps=0.0, renorm=Renorm(rmax=3.0, dmax=5.0)).y
+        array([[1.],
+               [3.]])
     """
 
     rmax: float
@@ -35,6 +42,12 @@ class Normalized(NamedTuple):
         moments: of the whole batch, ghost batches merged.
         running_mean: the updated running mean, ``None`` where none was given.
         running_var: the updated running variance, ``None`` where none was given.
+
+    Example:
+        >>> import numpy as np
+        >>> step = batch_norm_train(np.array([[1.0], [3.0]]), None, None, np.zeros(1), np.ones(1), decay=0.5)
+        >>> step.running_mean, step.running_var
+        (array([1.]), array([1.5]))
     """
 
     y: Array
@@ -44,7 +57,13 @@ class Normalized(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of a loss with respect to the input, γ and β."""
+    """Gradients of a loss with respect to the input, γ and β.
+
+    Example:
+        >>> import numpy as np
+        >>> batch_norm_backward(np.ones((1, 1)), np.ones((1, 1)))   # of a single value, β alone can learn
+        Gradients(dx=array([[0.]]), dgamma=array([0.]), dbeta=array([1.]))
+    """
 
     dx: Array
     dgamma: Array
@@ -137,9 +156,7 @@ def batch_norm_train(
     moments = parts[0].merge(*parts[1:])
     if running_mean is None or running_var is None:
         return Normalized(y, moments, None, None)
-    return Normalized(
-        y, moments, *update_running(running_mean, running_var, moments, decay=decay, unbiased=unbiased)
-    )
+    return Normalized(y, moments, *update_running(running_mean, running_var, moments, decay=decay, unbiased=unbiased))
 
 
 def batch_norm_backward(
@@ -211,9 +228,7 @@ def batch_norm_backward(
         dx.append(inv * (dx_hat - share * batch.total(dx_hat) - x_hat * share * batch.total(dx_hat * x_hat)))
         dgamma = dgamma + xp.sum(g * (x_hat * r + d), axis=reduced)
         dbeta = dbeta + xp.sum(g, axis=reduced)
-    return Gradients(
-        _only_valid(xp.astype(xp.concat(dx, axis=0), x.dtype), mask, reduced), dgamma, dbeta
-    )
+    return Gradients(_only_valid(xp.astype(xp.concat(dx, axis=0), x.dtype), mask, reduced), dgamma, dbeta)
 
 
 def batch_norm_inference(
@@ -300,9 +315,7 @@ def batch_norm_inference_backward(
     inv = 1.0 / (batch.per_channel(variance, 0.0) + eps) ** 0.5
     x_hat = (batch.x - batch.per_channel(mean, 0.0)) * inv
     dx = batch.per_channel(gamma, 1.0) * inv * g
-    return Gradients(
-        xp.astype(dx, x.dtype), xp.sum(g * x_hat, axis=batch.axes), xp.sum(g, axis=batch.axes)
-    )
+    return Gradients(xp.astype(dx, x.dtype), xp.sum(g * x_hat, axis=batch.axes), xp.sum(g, axis=batch.axes))
 
 
 def update_running(
@@ -414,9 +427,7 @@ def _renorm_constants(
     return tuple(expand(constant(v), batch.x, batch.axes) for v in (r, d))
 
 
-def _weights(
-    x: Array, axes: tuple[int, ...], mask: Array | None, sample_weight: Array | None
-) -> Array | None:
+def _weights(x: Array, axes: tuple[int, ...], mask: Array | None, sample_weight: Array | None) -> Array | None:
     """Return mask times weights, of full size along the reduced axes and of size 1 along the others."""
     wide = widen(x[:0]).dtype
     weight = None if mask is None else namespace(x).astype(_over_axes(mask, x, axes, "mask"), wide)

@@ -137,14 +137,12 @@ def batch_normalization_train(
     layout = tuple(gamma.shape)
     gamma, beta = (_kept(v, inputs, reduced) for v in (gamma, beta))
     batch = Moments.of(inputs, reduced)
-    out = batch_norm_inference(
-        inputs, batch.mean, batch.variance, gamma, beta, axes=reduced, eps=epsilon
-    )
+    out = batch_norm_inference(inputs, batch.mean, batch.variance, gamma, beta, axes=reduced, eps=epsilon)
     invstd = 1.0 / (batch.variance + epsilon) ** 0.5
     results = [xp.astype(v, inputs.dtype) for v in (batch.mean, invstd)]
     if running_mean is not None and running_var is not None:
-        running = (_kept(v, inputs, reduced) for v in (running_mean, running_var))
-        results += update_running(*running, batch, decay=1 - running_average_factor)
+        old_mean, old_var = (_kept(v, inputs, reduced) for v in (running_mean, running_var))
+        results += update_running(old_mean, old_var, batch, decay=1 - running_average_factor)
     return (out, *(xp.reshape(v, layout) for v in results))
 
 

@@ -82,6 +82,10 @@ class Arm:
                 raise OptionError(f"an arm has the keys {', '.join(known)}, got {key!r}")
         return cls(**{key: _converted(key, value, known[key]) for key, value in values.items()})
 
+    def __str__(self) -> str:
+        values = ", ".join(f"{key}={value}" for key, value in self.to_dict().items() if key != "name")
+        return f"{self.name}: {values}"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the arm as a dict that `from_dict` reads."""
         return asdict(self)

@@ -115,9 +115,7 @@ def fold_chains(network: nn.Module) -> Folding:
 def _shared(network: nn.Module) -> set[nn.Module]:
     """Return the modules that stand in several places, or whose parameters or hooks belong to more than themselves."""
     places = Counter(module for _, module in network.named_modules(remove_duplicate=False))
-    owners = Counter(
-        parameter for module in places for parameter in module.parameters(recurse=False)
-    )
+    owners = Counter(parameter for module in places for parameter in module.parameters(recurse=False))
     return {
         module
         for module, n in places.items()
@@ -159,8 +157,8 @@ def _affine_of(module: nn.Module) -> Affine | None:
         return None
     gamma = torch.ones_like(module.running_var) if module.weight is None else module.weight
     beta = torch.zeros_like(module.running_mean) if module.bias is None else module.bias
-    wide = (v.detach().double() for v in (module.running_mean, module.running_var, gamma, beta))
-    return Affine.from_statistics(*wide, eps=module.eps)
+    mean, var, scale, shift = (v.detach().double() for v in (module.running_mean, module.running_var, gamma, beta))
+    return Affine.from_statistics(mean, var, scale, shift, module.eps)
 
 
 def _backward(chain: list[_Link], i: int) -> _Place | None:
@@ -205,5 +203,3 @@ def _absorb(module: nn.Module, affine: Affine, direction: str) -> None:
     dtype = module.weight.dtype
     module.weight = nn.Parameter(weight.to(dtype), requires_grad=module.weight.requires_grad)
     module.bias = nn.Parameter(bias.to(dtype), requires_grad=module.weight.requires_grad)
-
-

@@ -20,7 +20,7 @@ import torch
 
 from batchnorm.errors import DataError, OptionError, OutputError
 from batchnorm.lab import deploy, grid
-from batchnorm.lab.arms import Arm, resolve
+from batchnorm.lab.arms import ARMS, Arm, resolve
 from batchnorm.lab.data import Dataset, load
 from batchnorm.lab.networks import NETWORKS, build, factory_of
 from batchnorm.lab.progress import Progress
@@ -106,7 +106,7 @@ def compare(
     """Train the same network with and without batch normalization, over learning rates and paired seeds, and say what helps.
 
     Every arm is trained at every learning rate with every seed; a seed fixes split, initial weights and order of the batches in
-    all arms alike. Each arm's best learning rate is chosen on validation rows, and arms are compared on test rows, seed by seed,
+    all arms alike. Each arm's best learning rate is chosen on validation rows; arms are compared on test rows, seed by seed,
     by sign-flip permutation tests, corrected by Holm over the pairs of arms. The best network gets the statistics of the whole
     training set, is folded, verified and saved.
 
@@ -145,7 +145,7 @@ def compare(
         ['none', 'before']
 
     Reference:
-        Ioffe, Szegedy 2015 (arXiv:1502.03167), section 4.1. Learning rates: Bjorck, Gomes, Selman, Weinberger 2018 (arXiv:1806.02375).
+        Ioffe, Szegedy 2015 (arXiv:1502.03167), section 4.1. Bjorck and others 2018 (arXiv:1806.02375).
     """
     plan = _Plan(
         data=load(data, target=target, drop=tuple(drop), image_size=image_size),
@@ -155,6 +155,7 @@ def compare(
         recipe=Recipe(model, _at_least(1, "steps", steps), _at_least(2, "batch_size", batch_size)),
         margins=margins or Margins(),
         threshold=threshold,
+        source_options=_source_options(target, drop, image_size),
     )
     plan.check()
     folder = None if out is None else Path(out)
@@ -183,6 +184,7 @@ class _Plan:
     recipe: Recipe
     margins: Margins
     threshold: float | None
+    source_options: tuple[str, ...]
 
     @property
     def tasks(self) -> list[Task]:
@@ -227,7 +229,9 @@ def _check_output(network: torch.nn.Module, x: torch.Tensor, arm: Arm, classes: 
         with torch.no_grad():
             logits = network(x)
     except Exception as error:
-        raise OptionError(f"{model} with arm {arm.name!r} must run on rows of shape {tuple(x.shape[1:])}: {error}") from error
+        raise OptionError(
+            f"{model} with arm {arm.name!r} must run on rows of shape {tuple(x.shape[1:])}: {error}"
+        ) from error
     if not isinstance(logits, torch.Tensor) or logits.shape != (len(x), classes):
         got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise OptionError(f"{model} must return one logit for each class, {(len(x), classes)}, got {got}")
@@ -242,15 +246,16 @@ def _source_of(model: str) -> str | None:
 
 
 def _conclude(plan: _Plan, rows: list[dict[str, Any]], folder: Path | None, seconds: float, ran: int) -> Comparison:
-    evidence = analyse(
-        rows, plan.arms, plan.rates, chance=plan.chance, margins=plan.margins, threshold=plan.threshold
-    )
+    evidence = analyse(rows, plan.arms, plan.rates, chance=plan.chance, margins=plan.margins, threshold=plan.threshold)
     best = _best(plan, evidence, folder)
     found = Comparison(evidence.results, evidence.verdicts, best, evidence, tuple(rows), folder)
     if folder is not None:
         try:
             _write(folder / "runs.csv", _csv(rows))
-            _write(folder / "comparison.json", json.dumps(_facts(plan, found), indent=2) + "\n")
+            _write(
+                folder / "comparison.json",
+                json.dumps(_facts(plan, found) | {"ran": ran, "seconds": seconds}, indent=2) + "\n",
+            )
             report = Report(plan.data, plan.recipe, evidence, rows, best, _command(plan, folder), seconds, ran)
             _write(folder / "report.html", write_report(report))
         except OSError as error:
@@ -300,6 +305,14 @@ def _save(
     return (folder / "best" / "model.safetensors", folder / "best" / "model.onnx"), onnx
 
 
+def _source_options(target: str | None, drop: Sequence[str], image_size: tuple[int, int] | None) -> tuple[str, ...]:
+    """Return the words of a command line that read the same data."""
+    words = [] if target is None else ["--target", target]
+    words += ["--drop", ",".join(drop)] if drop else []
+    words += [] if image_size is None else ["--image-size", f"{image_size[0]}x{image_size[1]}"]
+    return tuple(words)
+
+
 def _rates(given: Sequence[float]) -> tuple[float, ...]:
     rates = tuple(sorted({float(rate) for rate in given}))
     if not rates or not all(math.isfinite(rate) and rate > 0 for rate in rates):
@@ -334,6 +347,8 @@ def _facts(plan: _Plan, found: Comparison) -> dict[str, Any]:
         "data": plan.data.source,
         "identity": plan.identity(),
         "threshold": found.evidence.threshold,
+        "worker_memory_mb": max(row["memory_mb"] for row in found.rows),
+        "worker_threads": max(row["threads"] for row in found.rows),
         "arms": [
             {
                 "name": r.arm.name,
@@ -376,24 +391,20 @@ def _facts(plan: _Plan, found: Comparison) -> dict[str, Any]:
 
 def _command(plan: _Plan, folder: Path) -> str:
     """Return the command line that makes this comparison again."""
-    words = ["batchnorm", "compare", plan.data.source, "--out", str(folder), "--model", plan.recipe.model]
+    words = ["batchnorm", "compare", plan.data.source, *plan.source_options]
+    words += ["--out", str(folder), "--model", plan.recipe.model]
     for arm in plan.arms:
-        named = resolve([arm.name]) == (arm,) if ":" not in arm.name and _is_named(arm.name) else False
-        words += ["--arm", arm.name if named else _declared(arm)]
-    words += ["--learning-rates", ",".join(f"{rate:g}" for rate in plan.rates)]
-    words += ["--seeds", str(len(plan.seeds)), "--steps", str(plan.recipe.steps)]
-    return shlex.join([*words, "--batch-size", str(plan.recipe.batch_size)])
-
-
-def _is_named(name: str) -> bool:
-    from batchnorm.lab.arms import ARMS
-
-    return name in ARMS
-
-
-def _declared(arm: Arm) -> str:
-    values = {key: value for key, value in arm.to_dict().items() if key != "name"}
-    return f"{arm.name}: " + ", ".join(f"{key}={value}" for key, value in values.items())
+        words += ["--arm", arm.name if ARMS.get(arm.name) == arm else str(arm)]
+    words += [
+        "--learning-rates",
+        ",".join(f"{rate:g}" for rate in plan.rates),
+        "--seeds",
+        str(len(plan.seeds)),
+    ]
+    words += ["--steps", str(plan.recipe.steps), "--batch-size", str(plan.recipe.batch_size)]
+    if plan.threshold is not None:
+        words += ["--threshold", f"{plan.threshold:g}"]
+    return shlex.join(words)
 
 
 def _write(path: Path, text: str) -> None:

@@ -53,7 +53,7 @@ class Dataset:
         return digest.hexdigest()
 
     def split(self, seed: int) -> "Split":
-        """Split into training, validation and test rows, stratified by class: 60 / 20 / 20, or 80 / 20 beside a given test set."""
+        """Split into training, validation and test rows, stratified: 60 / 20 / 20, or 80 / 20 beside a given test set."""
         rows = np.arange(len(self.y))
         if self.x_test is not None and self.y_test is not None:
             train, val = train_test_split(rows, test_size=0.2, random_state=seed, stratify=self.y)
@@ -108,9 +108,7 @@ def load(
     return _checked(name, raw)
 
 
-def _read(
-    source: str, target: str | None, drop: tuple[str, ...], image_size: tuple[int, int] | None
-) -> Raw:
+def _read(source: str, target: str | None, drop: tuple[str, ...], image_size: tuple[int, int] | None) -> Raw:
     if source == "digits":
         return read_digits()
     path = Path(source)
@@ -149,7 +147,9 @@ def _features(name: str, values: np.ndarray) -> np.ndarray:
     x = np.ascontiguousarray(values, dtype=np.float32)
     if not np.isfinite(x).all():
         row = int(np.argwhere(~np.isfinite(x))[0][0])
-        raise DataError(f"{name}: every value of x must be finite in float32, the first that is not is in row {row + 1}")
+        raise DataError(
+            f"{name}: every value of x must be finite in float32, the first that is not is in row {row + 1}"
+        )
     if (x == x[:1]).all():
         raise DataError(f"{name}: the rows of x must differ, all {len(x)} are the same")
     return x
@@ -164,7 +164,9 @@ def _labels(name: str, values: np.ndarray, rows: int) -> tuple[tuple[str, ...], 
         if not np.isfinite(values).all():
             raise DataError(f"{name}: every label must be finite, {int((~np.isfinite(values)).sum())} are not")
         if (values != np.round(values)).any():
-            raise DataError(f"{name}: labels must be classes, but y holds fractions such as {values[values % 1 != 0][0]}")
+            raise DataError(
+                f"{name}: labels must be classes, but y holds fractions such as {values[values % 1 != 0][0]}"
+            )
         values = values.astype(np.int64)
     found, y, counts = np.unique(values, return_inverse=True, return_counts=True)
     if len(found) == 1:

@@ -170,7 +170,7 @@ def _save_onnx(deployed: Deployed, path: Path, x: np.ndarray) -> dict[str, Any]:
 
 def _outputs(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
     with evaluating(network):
-        return torch.cat([network(part) for part in x.split(4096)])
+        return torch.cat([network(part) for part in torch.split(x, 4096)])
 
 
 @contextmanager

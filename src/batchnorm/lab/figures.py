@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from batchnorm.lab.verdicts import ArmResult, Evidence, Verdict
 
@@ -18,7 +20,7 @@ __all__ = ["activations", "differences", "learning_curves", "loss_by_rate"]
 # matplotlib draws in these, which then become variables of the page's style sheet
 _INK, _FAINT = "#010203", "#040506"
 _ARMS = [f"#0a0b{i:02x}" for i in range(8)]
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.sans-serif": ["Arial", "Helvetica", "DejaVu Sans"],
@@ -44,12 +46,14 @@ _STYLE = {
 
 
 def learning_curves(rows: Sequence[dict[str, Any]], evidence: Evidence) -> str:
-    """Draw validation log-loss over steps for each arm at its best rate: the median of the seeds, and all but the outer tenths."""
+    """Draw validation log-loss over steps for each arm at its best rate: the seeds' median, and all but the outer tenths."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for i, result in enumerate(evidence.results):
-            curves = [r["curve"] for r in rows if r["arm"] == result.arm.name and r["learning_rate"] == result.learning_rate]
+            curves = [
+                r["curve"] for r in rows if r["arm"] == result.arm.name and r["learning_rate"] == result.learning_rate
+            ]
             steps = [point[0] for point in max(curves, key=len)]
             values = np.full((len(curves), len(steps)), np.nan)
             for k, curve in enumerate(curves):
@@ -59,6 +63,7 @@ def learning_curves(rows: Sequence[dict[str, Any]], evidence: Evidence) -> str:
             axes.plot(steps, middle, color=_color(i), label=label, linewidth=1.8, linestyle=_dash(i))
             axes.fill_between(steps, low, high, color=_color(i), alpha=0.15, linewidth=0)
         axes.set_yscale("log")
+        _plain_numbers(axes.yaxis)
         axes.set_xlabel("steps of training")
         axes.set_ylabel("validation log-loss (nats)")
         axes.legend()
@@ -84,6 +89,8 @@ def loss_by_rate(evidence: Evidence) -> str:
             axes.plot(rates[best], means[best], "o", markersize=13, fillstyle="none", color=_color(i))
         axes.set_xscale("log")
         axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            _plain_numbers(axis)
         axes.set_xlabel("learning rate")
         axes.set_ylabel("test log-loss (nats)")
         axes.legend()
@@ -150,6 +157,13 @@ def _percentiles(axes: Axes, unit: dict[str, Any], arm: int) -> None:
     axes.plot(unit["steps"], middle, color=_color(arm), linewidth=1.6)
     axes.fill_between(unit["steps"], low, high, color=_color(arm), alpha=0.2, linewidth=0)
     axes.tick_params(labelsize=8)
+
+
+def _plain_numbers(axis: Axis) -> None:
+    """Give a logarithmic axis plain numbers at 1, 2 and 5 of each decade."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
 def _row_of(rows: Sequence[dict[str, Any]], result: ArmResult) -> dict[str, Any]:

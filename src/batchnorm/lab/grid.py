@@ -71,7 +71,7 @@ def _dask(tasks: Sequence[Task], recipe: Recipe, data: Dataset, address: Any) ->
     except ImportError as error:
         raise MissingDependencyError("--parallel dask needs Dask: pip install 'batchnorm[dask]'") from error
     try:
-        client = Client(address, timeout="10s") if address else Client.current()
+        client: Any = Client(address, timeout="10s") if address else Client.current()  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         raise OptionError(
             f"--parallel dask needs a running cluster at --cluster tcp://HOST:PORT, got {address!r}: {error}"

@@ -41,12 +41,13 @@ class Standardize(nn.Module):
         std: like ``mean``; channels that never vary have 1.
     """
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, mean: torch.Tensor, std: torch.Tensor) -> None:
         super().__init__()
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
-        self.mean: torch.Tensor
-        self.std: torch.Tensor
 
     @classmethod
     def of(cls, x: torch.Tensor) -> "Standardize":
@@ -128,9 +129,7 @@ NETWORKS: dict[str, Factory] = {"mlp": mlp, "cnn": cnn, "resmlp": resmlp}
 _FLAT = ("mlp", "resmlp")
 
 
-def build(
-    model: str, shape: tuple[int, ...], classes: int, arm: Arm, seed: int, x_train: torch.Tensor
-) -> nn.Module:
+def build(model: str, shape: tuple[int, ...], classes: int, arm: Arm, seed: int, x_train: torch.Tensor) -> nn.Module:
     """Build the network of an arm, from raw rows to logits; equal seeds give equal linear weights in every arm.
 
     Raises:
@@ -200,15 +199,16 @@ def _norm(arm: Arm, features: int, images: bool) -> nn.Module | None:
 
 
 def _linear(inputs: int, outputs: int, bias: bool = True) -> nn.Module:
-    return _initialized(nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias))
+    return _initialized(nn.Linear, inputs, outputs, bias=bias)
 
 
 def _conv(inputs: int, outputs: int, bias: bool) -> nn.Module:
-    return _initialized(nn.utils.skip_init(nn.Conv2d, inputs, outputs, 3, padding=1, bias=bias))
+    return _initialized(nn.Conv2d, inputs, outputs, 3, padding=1, bias=bias)
 
 
-def _initialized(linear: Any) -> nn.Module:
+def _initialized(kind: Callable[..., Any], *sizes: int, **options: Any) -> nn.Module:
     """Draw He's normal weights, and nothing else: a bias that drew would shift the weights of all later layers."""
+    linear = nn.utils.skip_init(kind, *sizes, **options)  # type: ignore[no-untyped-call]
     nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)

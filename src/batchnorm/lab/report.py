@@ -57,7 +57,10 @@ class Report:
 def write_report(report: Report) -> str:
     """Return the report as HTML; every name that came from the user is escaped."""
     environment = Environment(
-        loader=PackageLoader("batchnorm.lab", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("batchnorm.lab", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
     evidence = report.evidence
     questions = {
@@ -70,16 +73,21 @@ def write_report(report: Report) -> str:
         questions={opening: found for opening, found in questions.items() if found},
         cells=[cells(result) for result in evidence.results],
         drift=_drift(report.rows, evidence),
-        curves=Markup(figures.learning_curves(report.rows, evidence)),
-        rates=Markup(figures.loss_by_rate(evidence)),
-        differences=Markup(figures.differences(evidence)),
-        activations=Markup(figures.activations(report.rows, evidence)),
+        curves=_drawn(figures.learning_curves(report.rows, evidence)),
+        rates=_drawn(figures.loss_by_rate(evidence)),
+        differences=_drawn(figures.differences(evidence)),
+        activations=_drawn(figures.activations(report.rows, evidence)),
         diverged=sum(row["status"] == "diverged" for row in report.rows),
         guess=math.log(len(report.data.classes)),
         memory=max(row["memory_mb"] for row in report.rows),
         machine=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}",
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
+
+
+def _drawn(svg: str) -> Markup:
+    """Let an SVG of ours into the page as it is; matplotlib has escaped the names in it."""
+    return Markup(svg)  # noqa: S704
 
 
 def _drift(rows: list[dict[str, Any]], evidence: Evidence) -> list[tuple[str, list[str]]]:

@@ -29,7 +29,7 @@ class SignFlip:
         0.03125
 
     Reference:
-        Fisher, The Design of Experiments, 1935, section 21. Good, Permutation, Parametric and Bootstrap Tests of Hypotheses, 2005.
+        Fisher, The Design of Experiments, 1935, section 21. Good, Permutation Tests of Hypotheses, 2005.
     """
 
     differences: Sequence[float]

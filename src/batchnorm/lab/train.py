@@ -78,7 +78,7 @@ def train_network(task: Task, recipe: Recipe, data: Dataset) -> tuple[nn.Module,
             if diverged:
                 break
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             watch.look(step, loss.item())
     val, test = score(network, split.x_val, split.y_val), score(network, split.x_test, split.y_test)

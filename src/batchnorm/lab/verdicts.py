@@ -161,9 +161,7 @@ def analyse(
         threshold = float(chance + 0.9 * (reached - chance))
     results = tuple(_result(arm, best_rates[arm.name], scored, threshold) for arm in arms)
     verdicts = tuple(
-        verdict
-        for question in _QUESTIONS
-        for verdict in _verdicts(question, results, margins or Margins(), threshold)
+        verdict for question in _QUESTIONS for verdict in _verdicts(question, results, margins or Margins(), threshold)
     )
     best = min(results, key=lambda r: next(at.val_log_loss for at in r.rates if at.learning_rate == r.learning_rate))
     return Evidence(results, verdicts, best, threshold, tuple(_notes(results, len(scored.seeds))))
@@ -229,7 +227,10 @@ def _at_rate(arm: str, rate: float, scored: _Scores) -> AtRate:
 
 def _steps_to(row: Row, threshold: float) -> float:
     """Return the first recorded step whose validation accuracy reaches the threshold; infinite where none does."""
-    return next((step for step, _, _, accuracy in row["curve"] if accuracy is not None and accuracy >= threshold), math.inf)
+    return next(
+        (step for step, _, _, accuracy in row["curve"] if accuracy is not None and accuracy >= threshold),
+        math.inf,
+    )
 
 
 def _longest_run(flags: Sequence[Any]) -> range:
@@ -278,9 +279,7 @@ _QUESTIONS = (
 )
 
 
-def _verdicts(
-    question: _Question, results: Sequence[ArmResult], margins: Margins, threshold: float
-) -> list[Verdict]:
+def _verdicts(question: _Question, results: Sequence[ArmResult], margins: Margins, threshold: float) -> list[Verdict]:
     if question.key == "usable" and len(results[0].rates) == 1:
         return []
     pairs = list(combinations(results, 2))
@@ -293,7 +292,13 @@ def _verdicts(
 
 
 def _verdict(
-    question: _Question, a: ArmResult, b: ArmResult, numbers: _Numbers, p_holm: float, margins: Margins, threshold: float
+    question: _Question,
+    a: ArmResult,
+    b: ArmResult,
+    numbers: _Numbers,
+    p_holm: float,
+    margins: Margins,
+    threshold: float,
 ) -> Verdict:
     difference, low, high, p = numbers
     margin = {"log_loss": margins.log_loss, "accuracy": margins.accuracy}.get(question.key)

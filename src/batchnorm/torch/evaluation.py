@@ -6,19 +6,26 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-__all__ = ["evaluating"]
+__all__ = ["evaluating", "untraced"]
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation without gradients; modes and random numbers are as they were, on any exit."""
+    """Put a model into evaluation without gradients, and every module back into the mode it had, on any exit."""
     modes = [(module, module.training) for module in model.modules()]
-    # to ask CUDA for its generators would start it
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         model.eval()
-        with torch.random.fork_rng(devices), torch.no_grad():
+        with torch.no_grad():
             yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def untraced(model: nn.Module) -> Iterator[None]:
+    """Evaluate as `evaluating` does, and put the random number generators of the process back too."""
+    # to ask CUDA for its generators would start it
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices), evaluating(model):
+        yield

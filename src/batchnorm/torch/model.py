@@ -7,7 +7,7 @@ from torch import nn
 
 from batchnorm.errors import OptionError
 from batchnorm.graph import Layer
-from batchnorm.torch.evaluation import evaluating
+from batchnorm.torch.evaluation import untraced
 
 __all__ = ["TorchModel"]
 
@@ -39,7 +39,7 @@ class TorchModel:
 
         hooks = [module.register_forward_hook(note) for module in named]
         try:
-            with evaluating(self.module):
+            with untraced(self.module):
                 self.module(*(example if isinstance(example, tuple) else (example,)))
         except Exception as error:
             last = named[list(shapes)[-1]] if shapes else "none"

@@ -1,0 +1,7 @@
+"""``python -m batchnorm``."""
+
+import sys
+
+from batchnorm.cli import main
+
+sys.exit(main())

@@ -1,0 +1,83 @@
+"""Time, scaling and memory of the main job, each comparison a process of its own as a user would start it."""
+
+import datetime
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from batchnorm.bench.machine import describe
+from batchnorm.errors import VerificationError
+
+__all__ = ["CompareBench", "run"]
+
+UNSTABLE_SPREAD = 0.10
+
+
+@dataclass(frozen=True)
+class CompareBench:
+    """Raw values of the measurement; prints as the figures made of them."""
+
+    facts: dict[str, Any]
+    file: Path
+
+    def __str__(self) -> str:
+        full, pairs, growth = self.facts["full"], self.facts["jobs"], self.facts["growth"]
+        one, two = (median(pair[jobs]["seconds"] for pair in pairs) for jobs in ("1", "2"))
+        counts, seconds = zip(*((point["runs"], point["seconds"]) for point in growth), strict=True)
+        slope, start = np.polyfit(counts, seconds, 1)
+        worst = max(abs(s - (slope * n + start)) / s for n, s in zip(counts, seconds, strict=True))
+        ratios = [pair["1"]["seconds"] / pair["2"]["seconds"] for pair in pairs]
+        spread = (max(ratios) - min(ratios)) / median(ratios)
+        lines = [
+            f"whole comparison, {full['runs']} runs, 2 jobs: {full['wall']:.1f} s, of which {full['seconds']:.1f} s training",
+            f"2 jobs against 1, {pairs[0]['1']['runs']} runs, {len(pairs)} interleaved pairs: {median(ratios):.2f}× "
+            f"({min(ratios):.2f} to {max(ratios):.2f}; {one:.1f} s and {two:.1f} s)",
+            f"time by number of runs, 1 job: {slope:.3f} s a run + {start:.2f} s, off the line by {100 * worst:.1f} % at most",
+            f"most memory of a worker: {full['worker_memory_mb']:.0f} MB; threads of a worker: {full['worker_threads']}",
+            f"raw values: {self.file}",
+        ]
+        if spread > UNSTABLE_SPREAD:
+            lines.insert(
+                2,
+                f"unstable: the pairs differ by {100 * spread:.0f} %; close other programs and measure again",
+            )
+        return "\n".join(lines)
+
+
+def run(out: Path, *, quick: bool = False) -> CompareBench:
+    """Measure `batchnorm.compare` on digits and keep every raw value as JSON in ``out``."""
+    seeds, pairs = (2, 1) if quick else (10, 3)
+    facts: dict[str, Any] = {"machine": describe(), "date": datetime.datetime.now(datetime.UTC).isoformat()}
+    facts["full"] = _compare(seeds, jobs=2)
+    facts["jobs"] = [
+        {str(jobs): _compare(seeds, jobs=jobs, rates="0.03,0.1,0.3") for jobs in (1, 2)} for _ in range(pairs)
+    ]
+    facts["growth"] = [_compare(n, jobs=1, rates="0.1") for n in ((1, 2) if quick else (2, 4, 8, 16, 32))]
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "compare.json"
+    file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return CompareBench(facts, file)
+
+
+def _compare(seeds: int, *, jobs: int, rates: str = "") -> dict[str, Any]:
+    """Run one comparison in a new folder; ``wall`` is the whole process, ``seconds`` its training runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "batchnorm", "compare", "digits", "--out", str(Path(folder, "out"))]
+        command += ["--seeds", str(seeds), "--jobs", str(jobs)]
+        command += ["--learning-rates", rates] if rates else []
+        started = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own program
+        wall = time.perf_counter() - started
+        if done.returncode:
+            raise VerificationError(f"{' '.join(command)} must succeed to be timed, it said: {done.stderr.strip()}")
+        facts = json.loads(Path(folder, "out", "comparison.json").read_text(encoding="utf-8"))
+    kept = ("seconds", "worker_memory_mb", "worker_threads")
+    return {"seeds": seeds, "jobs": jobs, "runs": facts["ran"], "wall": wall} | {key: facts[key] for key in kept}

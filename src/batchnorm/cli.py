@@ -1,0 +1,151 @@
+"""The command line: one sub-command for each verb, a thin shell."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import batchnorm
+from batchnorm.errors import BatchNormError
+from batchnorm.rooms import require
+
+__all__ = ["main"]
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, or 2 after an error that the user can mend."""
+    given = _parser().parse_args(arguments)
+    try:
+        given.run(given)
+    except BatchNormError as error:
+        print(f"batchnorm: {error}", file=sys.stderr)  # noqa: T201
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("\nbatchnorm: stopped; what was finished is kept, the same command continues", file=sys.stderr)  # noqa: T201
+        return INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="batchnorm", description="Batch normalization through the whole life of a network."
+    )
+    parser.add_argument("--version", action="version", version=f"batchnorm {batchnorm.__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    _add_compare(verbs)
+    _add_summary(verbs)
+    _add_bench(verbs)
+    return parser
+
+
+def _add_compare(verbs: Any) -> None:
+    verb = _verb(verbs, "compare", _compare, "find out on your data whether, where and how batch normalization helps")
+    add = verb.add_argument
+    add(
+        "data",
+        help="digits, a .csv .tsv .parquet .npz or IDX file, a folder of IDX files or of class folders",
+    )
+    add("--target", metavar="COLUMN", help="the column of labels, for tables")
+    add("--drop", type=_words, default=(), metavar="A,B", help="columns to leave out, for tables")
+    add("--image-size", type=_size, metavar="WxH", help="scale the images of a folder")
+    add(
+        "--out",
+        type=Path,
+        default=Path("comparison"),
+        metavar="DIR",
+        help="report, rows and model (comparison)",
+    )
+    add("--model", default="mlp", help="mlp, cnn, resmlp or package.module:factory (mlp)")
+    add("--arms", type=_words, metavar="A,B", help="names of arms (none,before,after)")
+    add(
+        "--arm",
+        action="append",
+        default=[],
+        metavar="ARM",
+        help="a name, or 'name: norm=batch, batch_size=8'",
+    )
+    add("--learning-rates", type=_numbers, metavar="A,B", help="the grid (0.01 to 10)")
+    add("--seeds", type=int, default=10, metavar="N", help="paired runs of each arm and rate (10)")
+    add("--steps", type=int, default=500, metavar="N", help="steps of each run (500)")
+    add("--batch-size", type=int, default=64, metavar="N", help="rows a step (64)")
+    add("--threshold", type=float, metavar="A", help="accuracy for 'steps to' (90 %% of the way to the best)")
+    add("--jobs", type=int, metavar="N", help="local processes (one a core)")
+    add("--parallel", default="processes", metavar="HOW", help="processes, dask or ray (processes)")
+    add("--cluster", metavar="ADDRESS", help="of the Dask or Ray cluster")
+
+
+def _compare(given: argparse.Namespace) -> None:
+    options = {key: value for key, value in vars(given).items() if key not in ("run", "arms", "arm")}
+    if options["learning_rates"] is None:
+        del options["learning_rates"]
+    if given.arms or given.arm:
+        options["arms"] = [*(given.arms or ()), *given.arm]
+    lab = require("batchnorm.lab", "lab")
+    found = lab.compare(options.pop("data"), progress=True, **options)
+    _say(
+        found.best.summary,
+        "",
+        found,
+        "",
+        f"report: {found.out / 'report.html'}",
+        *map("model: {}".format, found.best.files),
+    )
+
+
+def _add_summary(verbs: Any) -> None:
+    verb = _verb(verbs, "summary", _summary, "list a network's layers: shapes, trainable numbers, running statistics")
+    verb.add_argument("model", help="package.module:factory, called without arguments")
+    verb.add_argument("--weights", type=Path, metavar="FILE", help="a .safetensors or .pt file of tensors")
+    verb.add_argument("--input", type=_shape, metavar="1,3,224,224", help="shape of an example input")
+
+
+def _summary(given: argparse.Namespace) -> None:
+    loading = require("batchnorm.torch.loading", "torch")
+    model = loading.load_model(given.model, given.weights)
+    example = None if given.input is None else import_module("torch").zeros(given.input)
+    _say(batchnorm.summary(model, example))
+
+
+def _add_bench(verbs: Any) -> None:
+    verb = _verb(verbs, "bench", _bench, "measure the figures of README and docs on this machine")
+    verb.add_argument("what", choices=["compare"], help="compare: time, scaling and memory of the main job")
+    verb.add_argument(
+        "--out", type=Path, default=Path("benchmarks"), metavar="DIR", help="raw values as JSON (benchmarks)"
+    )
+    verb.add_argument("--quick", action="store_true", help="a small grid, to see that it works")
+
+
+def _bench(given: argparse.Namespace) -> None:
+    bench = require(f"batchnorm.bench.{given.what}", "lab")
+    _say(bench.run(given.out, quick=given.quick))
+
+
+def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], None], what: str) -> argparse.ArgumentParser:
+    verb: argparse.ArgumentParser = verbs.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+    verb.set_defaults(run=run)
+    return verb
+
+
+def _say(*lines: object) -> None:
+    print(*lines, sep="\n")  # noqa: T201
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(word) for word in _words(text))
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in _words(text))
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    return int(width), int(height)
