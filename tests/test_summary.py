@@ -130,6 +130,14 @@ def test_the_model_is_left_as_it_was_also_when_it_fails(frozen):
     assert_untouched(model, before)
 
 
+def test_the_mode_of_a_layer_with_two_parents_is_kept():
+    layer = BatchNorm1d(4)
+    model = nn.Sequential(nn.Sequential(layer).eval(), nn.Sequential(layer))
+    assert [module.training for module in model.modules()] == [True, False, False, True]
+    bn.summary(model, torch.zeros(2, 4))
+    assert [module.training for module in model.modules()] == [True, False, False, True]
+
+
 def test_the_random_numbers_of_the_caller_are_not_used_up():
     model, state = Calling(lambda net, x: net.first(x + torch.randn_like(x))), torch.random.get_rng_state()
     bn.summary(model, torch.zeros(2, 4))

@@ -144,7 +144,8 @@ def _features(name: str, values: np.ndarray) -> np.ndarray:
         values = values[:, None]
     elif values.ndim == 4 and values.shape[3] in (1, 3, 4) and values.shape[1] not in (1, 3, 4):
         values = values.transpose(0, 3, 1, 2)
-    x = np.ascontiguousarray(values, dtype=np.float32)
+    with np.errstate(over="ignore"):
+        x = np.ascontiguousarray(values, dtype=np.float32)
     if not np.isfinite(x).all():
         row = int(np.argwhere(~np.isfinite(x))[0][0])
         raise DataError(

@@ -1,7 +1,14 @@
 """Hand tasks to workers: local processes, a Dask cluster or a Ray cluster. Rows come back as they are finished."""
 
+import os
+import socket
+import threading
+import time
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
+
+import psutil
 
 from batchnorm.errors import MissingDependencyError, OptionError
 from batchnorm.lab.data import Dataset
@@ -37,21 +44,37 @@ def run(
         OptionError: unknown ``parallel``, or no cluster at the address.
         MissingDependencyError: the cluster's package is not installed.
     """
-    runners = {"processes": _processes, "dask": _dask, "ray": _ray}
-    if parallel not in runners:
+    if parallel not in PARALLEL:
         raise OptionError(f"parallel must be one of {', '.join(PARALLEL)}, got {parallel!r}")
     if not tasks:
         return iter(())
     if parallel == "processes":
         return _processes(tasks, recipe, data, min(jobs, len(tasks)))
-    return runners[parallel](tasks, recipe, data, cluster)
+    return (_dask if parallel == "dask" else _ray)(tasks, recipe, data, cluster)
 
 
 def _train(task: Task, recipe: Recipe, data: Dataset) -> tuple[Task, dict[str, Any]]:
     return task, train(task, recipe, data)
 
 
-def _processes(tasks: Sequence[Task], recipe: Recipe, data: Dataset, jobs: Any) -> Finished:
+def _train_for(parent: int, task: Task, recipe: Recipe, data: Dataset) -> tuple[Task, dict[str, Any]]:
+    _end_with(parent)
+    return _train(task, recipe, data)
+
+
+@cache
+def _end_with(parent: int) -> None:
+    """End this worker when its parent is gone: one that was killed can't stop its workers itself."""
+
+    def watch() -> None:
+        while os.getppid() == parent and psutil.pid_exists(parent):
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _processes(tasks: Sequence[Task], recipe: Recipe, data: Dataset, jobs: int) -> Finished:
     if jobs == 1:
         return (_train(task, recipe, data) for task in tasks)
     from joblib import Parallel, delayed, parallel_config
@@ -59,12 +82,12 @@ def _processes(tasks: Sequence[Task], recipe: Recipe, data: Dataset, jobs: Any) 
     with parallel_config(backend="loky", n_jobs=jobs, inner_max_num_threads=1):
         return iter(
             Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="2*n_jobs")(
-                delayed(_train)(task, recipe, data) for task in tasks
+                delayed(_train_for)(os.getpid(), task, recipe, data) for task in tasks
             )
         )
 
 
-def _dask(tasks: Sequence[Task], recipe: Recipe, data: Dataset, address: Any) -> Finished:
+def _dask(tasks: Sequence[Task], recipe: Recipe, data: Dataset, address: str | None) -> Finished:
     try:
         from distributed import Client
         from joblib import Parallel, delayed, parallel_config
@@ -86,13 +109,25 @@ def _dask(tasks: Sequence[Task], recipe: Recipe, data: Dataset, address: Any) ->
             client.close()
 
 
-def _ray(tasks: Sequence[Task], recipe: Recipe, data: Dataset, address: Any) -> Finished:
+def _check_reachable(address: str | None) -> None:
+    """Ask for a Ray cluster's port before Ray does, which would try for minutes."""
+    host, colon, port = (address or "").rpartition(":")
+    if not colon or "/" in host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise OptionError(f"--parallel ray needs a running cluster at --cluster HOST:PORT, got {address}: {error}") from error
+
+
+def _ray(tasks: Sequence[Task], recipe: Recipe, data: Dataset, address: str | None) -> Finished:
     """Run on Ray by its own calls: joblib's Ray backend can't return rows one by one, and rows must be durable."""
     try:
         import ray
     except ImportError as error:
         raise MissingDependencyError("--parallel ray needs Ray: pip install 'batchnorm[ray]'") from error
     ours = not ray.is_initialized()
+    _check_reachable(address)
     try:
         ray.init(address=address or "auto", ignore_reinit_error=True, log_to_driver=False, configure_logging=False)
     except ConnectionError as error:

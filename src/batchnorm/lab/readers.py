@@ -104,7 +104,9 @@ def read_folder(path: Path, image_size: tuple[int, int] | None) -> Raw:
 
 def read_npz(path: Path) -> Raw:
     """Read ``x`` and ``y``, and ``x_test``, ``y_test`` where they are there; pickled objects are refused."""
-    with np.load(path, allow_pickle=False) as archive:
+    if not zipfile.is_zipfile(path):
+        raise DataError(f"{path} must be an .npz archive, as numpy.savez writes it; it is not, or it is cut off")
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
         names = set(archive.files)
         if not {"x", "y"} <= names:
             raise DataError(f"{path} must hold the arrays x and y, it holds {', '.join(sorted(names)) or 'none'}")
@@ -172,8 +174,9 @@ def _read_frame(path: Path) -> pl.DataFrame:
 
 
 def _check_columns(path: Path, features: pl.DataFrame) -> None:
-    text = [c.name for c in features if not (c.dtype.is_numeric() or c.dtype in (pl.Boolean, pl.Null))]
     empty = [c.name for c in features if c.null_count() == len(c)]
+    readable = {c.name for c in features if c.dtype.is_numeric() or c.dtype == pl.Boolean}
+    text = [name for name in features.columns if name not in readable and name not in empty]
     if text:
         raise DataError(
             f"{path}: columns must hold numbers, but {_some(text)} hold{'s' * (len(text) == 1)} text: "
@@ -248,12 +251,9 @@ def _same_size(images: list[tuple[Path, Image.Image]], size: tuple[int, int] | N
                     f"all images must have one size, but {first} is {size[0]}×{size[1]} and {path} is "
                     f"{image.size[0]}×{image.size[1]}: choose one with --image-size"
                 )
-    return np.stack(
-        [
-            np.asarray(image.convert(mode) if image.size == size else image.convert(mode).resize(size))
-            for _, image in images
-        ]
-    )
+    converted = (image.convert(mode) for _, image in images)
+    pixels = np.stack([np.asarray(image if image.size == size else image.resize(size)) for image in converted])
+    return pixels if mode == "L" else pixels.transpose(0, 3, 1, 2)
 
 
 def _some(names: list[str], most: int = 8) -> str:

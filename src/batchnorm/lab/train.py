@@ -70,8 +70,8 @@ def train_network(task: Task, recipe: Recipe, data: Dataset) -> tuple[nn.Module,
     diverged, step = False, 0
     batches = _batches(len(y), task.arm.batch_size or recipe.batch_size, task.seed)
     with _own_rng(task.seed):
+        network.train()
         for step in range(1, recipe.steps + 1):
-            network.train()
             rows = next(batches)
             loss = F.cross_entropy(network(x[rows]), y[rows])
             diverged = not math.isfinite(loss.item())
