@@ -245,3 +245,9 @@ def test_the_printed_columns_add_up_to_the_last_line(frozen):
 def test_what_is_no_model_is_refused_with_its_type(thing, name):
     with pytest.raises(OptionError, match=re.escape(f"a model must be a torch.nn.Module, got {name}")):
         bn.summary(thing)
+
+
+def test_shared_weights_are_counted_once():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    assert [layer.parameters for layer in bn.summary(model).layers] == [20, 4]

@@ -195,7 +195,7 @@ def test_pickled_objects_are_not_loaded(tmp_path):
 
 
 def test_what_is_not_there(tmp_path):
-    with pytest.raises(DataError, match="no such file or folder: .*nothing.csv"):
+    with pytest.raises(DataError, match=r"no such file or folder: .*nothing\.csv"):
         load(tmp_path / "nothing.csv")
     with pytest.raises(DataError, match="a sub-folder of images for each class, or IDX files; it holds neither"):
         load(tmp_path)

@@ -92,7 +92,7 @@ def fold_chains(network: nn.Module) -> Folding:
     after the norm is not a zero before it.
     """
     folded, kept, removed = [], [], []
-    shared = _shared(network)
+    bound = _bound(network)
     for chain in _chains(network):
         for i, link in enumerate(chain):
             affine = _affine_of(link.module)
@@ -102,8 +102,8 @@ def fold_chains(network: nn.Module) -> Folding:
             what = f"{link.name} ({type(link.module).__name__})"
             if isinstance(place, str):
                 kept.append(f"{what}: {place}")
-            elif {link.module, place.target.module} & shared:
-                kept.append(f"{what}: it or {place.target.name} is used in several places")
+            elif tied := next((end for end in (link, place.target) if end.module in bound), None):
+                kept.append(f"{what}: {tied.name} {bound[tied.module]}")
             else:
                 _absorb(place.target.module, affine, place.direction)
                 folded.append(f"{what} {place.direction} into {place.target.name}")
@@ -112,19 +112,19 @@ def fold_chains(network: nn.Module) -> Folding:
     return Folding(tuple(folded), tuple(kept), tuple(removed))
 
 
-def _shared(network: nn.Module) -> set[nn.Module]:
-    """Return the modules that stand in several places, or whose parameters or hooks belong to more than themselves."""
+def _bound(network: nn.Module) -> dict[nn.Module, str]:
+    """Return the modules whose weights are not theirs alone to change, with the reason."""
     places = Counter(module for _, module in network.named_modules(remove_duplicate=False))
     owners = Counter(parameter for module in places for parameter in module.parameters(recurse=False))
-    return {
-        module
-        for module, n in places.items()
-        if n > 1
-        or any(owners[p] > 1 for p in module.parameters(recurse=False))
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or hasattr(module, "parametrizations")
-    }
+    bound = {}
+    for module, n in places.items():
+        if n > 1:
+            bound[module] = "stands in several places"
+        elif any(owners[parameter] > 1 for parameter in module.parameters(recurse=False)):
+            bound[module] = "shares its weights with another layer"
+        elif module._forward_hooks or module._forward_pre_hooks or hasattr(module, "parametrizations"):
+            bound[module] = "has hooks or parametrizations"
+    return bound
 
 
 def _chains(network: nn.Module, name: str = "") -> Iterator[list[_Link]]:

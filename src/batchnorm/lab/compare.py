@@ -158,11 +158,11 @@ def compare(
         source_options=_source_options(target, drop, image_size),
     )
     plan.check()
+    workers = _at_least(1, "jobs", os.cpu_count() or 1 if jobs is None else jobs)
     folder = None if out is None else Path(out)
     with Store(folder, plan.identity()) as store:
         started = time.perf_counter()
         missing = store.missing(plan.tasks)
-        workers = _at_least(1, "jobs", os.cpu_count() or 1 if jobs is None else jobs)
         finished = grid.run(missing, plan.recipe, plan.data, jobs=workers, parallel=parallel, cluster=cluster)
         with Progress(len(plan.tasks), len(plan.tasks) - len(missing), shown=progress) as bar:
             for task, row in finished:

@@ -59,7 +59,7 @@ def learning_curves(rows: Sequence[dict[str, Any]], evidence: Evidence) -> str:
             for k, curve in enumerate(curves):
                 values[k, : len(curve)] = [math.nan if point[2] is None else point[2] for point in curve]
             low, middle, high = np.nanquantile(values, [0.1, 0.5, 0.9], axis=0)
-            label = f"{result.arm.name}, rate {result.learning_rate:g}"
+            label = f"{_short(result.arm.name)}, rate {result.learning_rate:g}"
             axes.plot(steps, middle, color=_color(i), label=label, linewidth=1.8, linestyle=_dash(i))
             axes.fill_between(steps, low, high, color=_color(i), alpha=0.15, linewidth=0)
         axes.set_yscale("log")
@@ -79,7 +79,9 @@ def loss_by_rate(evidence: Evidence) -> str:
         for i, result in enumerate(evidence.results):
             rates = [at.learning_rate for at in result.rates]
             means = [at.test_log_loss.mean for at in result.rates]
-            axes.plot(rates, means, color=_color(i), marker=_marker(i), label=result.arm.name, linestyle=_dash(i))
+            axes.plot(
+                rates, means, color=_color(i), marker=_marker(i), label=_short(result.arm.name), linestyle=_dash(i)
+            )
             bounds = [(at.test_log_loss.low, at.test_log_loss.high) for at in result.rates]
             if all(math.isfinite(v) for pair in bounds for v in pair):
                 # a lower bound below zero can't be drawn on a logarithmic axis
@@ -135,7 +137,7 @@ def activations(rows: Sequence[dict[str, Any]], evidence: Evidence) -> str:
                     axes.set_title(f"activation layer {k + 1}")
                 if i == len(chosen) - 1:
                     axes.set_xlabel("steps")
-            grid[i][0].set_ylabel(result.arm.name)
+            grid[i][0].set_ylabel(_short(result.arm.name))
 
     size = (max(7.5, 1.9 * layers), 0.8 + 1.5 * len(chosen))
     return _svg("Percentiles of the input of one unit in each activation layer, a row for each arm", draw, size)
@@ -148,7 +150,7 @@ def _forest(axes: Axes, verdicts: Sequence[Verdict], scale: float) -> None:
             axes.plot([verdict.low * scale, verdict.high * scale], [y, y], color=_INK, linewidth=1.4)
         axes.plot(verdict.difference * scale, y, "o", color=_INK, fillstyle="full" if proved else "none")
     axes.axvline(0, color=_FAINT, linewidth=1.2)
-    axes.set_yticks(range(len(verdicts)), [f"{v.first} − {v.second}" for v in reversed(verdicts)])
+    axes.set_yticks(range(len(verdicts)), [f"{_short(v.first)} − {_short(v.second)}" for v in reversed(verdicts)])
     axes.set_ylim(-0.6, len(verdicts) - 0.4)
 
 
@@ -188,6 +190,11 @@ def _svg(title: str, draw: Any, size: tuple[float, float]) -> str:
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
     limit = f"{float(width[1]) * 4 / 3:.0f}px" if width else "100%"
     return svg.replace("<svg", f'<svg role="img" aria-label="{title}" style="max-width:{limit}"', 1)
+
+
+def _short(name: str, most: int = 18) -> str:
+    """Cut a name that would leave no room for the picture; tables show it whole."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def _color(i: int) -> str:

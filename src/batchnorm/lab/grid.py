@@ -117,7 +117,9 @@ def _check_reachable(address: str | None) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
-        raise OptionError(f"--parallel ray needs a running cluster at --cluster HOST:PORT, got {address}: {error}") from error
+        raise OptionError(
+            f"--parallel ray needs a running cluster at --cluster HOST:PORT, got {address}: {error}"
+        ) from error
 
 
 def _ray(tasks: Sequence[Task], recipe: Recipe, data: Dataset, address: str | None) -> Finished:

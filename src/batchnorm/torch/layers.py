@@ -24,6 +24,7 @@ class BatchNorm1d(nn.BatchNorm1d):
         track_running_stats: keep running statistics; without them evaluation uses the batch too.
         device: of the parameters and statistics.
         dtype: of the parameters and statistics.
+        bias: learn β beside γ.
 
     Raises:
         ValueError: an input of another rank, or one value a channel in training.
@@ -49,6 +50,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         track_running_stats: keep running statistics; without them evaluation uses the batch too.
         device: of the parameters and statistics.
         dtype: of the parameters and statistics.
+        bias: learn β beside γ.
 
     Raises:
         ValueError: an input of another rank, or one value a channel in training.
@@ -74,6 +76,7 @@ class BatchNorm3d(nn.BatchNorm3d):
         track_running_stats: keep running statistics; without them evaluation uses the batch too.
         device: of the parameters and statistics.
         dtype: of the parameters and statistics.
+        bias: learn β beside γ.
 
     Raises:
         ValueError: an input of another rank, or one value a channel in training.

@@ -27,7 +27,8 @@ class TorchModel:
         }
         shapes = {} if example is None else self._output_shapes(named, example)
         order = [*shapes, *(module for module in named if module not in shapes)]
-        return [_layer(named[module], module, shapes.get(module)) for module in order]
+        counted: set[torch.Tensor] = set()
+        return [_layer(named[module], module, shapes.get(module), counted) for module in order]
 
     def _output_shapes(
         self, named: dict[nn.Module, str], example: Any
@@ -52,8 +53,10 @@ class TorchModel:
         return shapes
 
 
-def _layer(name: str, module: nn.Module, shape: tuple[int | None, ...] | None) -> Layer:
-    own = list(module.parameters(recurse=False))
+def _layer(name: str, module: nn.Module, shape: tuple[int | None, ...] | None, counted: set[torch.Tensor]) -> Layer:
+    """Count the numbers of a layer, but for those that an earlier layer shares with it."""
+    own = [p for p in module.parameters(recurse=False) if p not in counted]
+    counted.update(own)
     statistics, constants = 0, 0
     for buffer_name, buffer in module.named_buffers(recurse=False):
         if buffer_name.startswith("running_"):
