@@ -22,7 +22,14 @@ def here(tmp_path, monkeypatch):
 def test_compare_ends_in_a_table_the_verdicts_and_the_files(here, capsys):
     assert cli.main(["compare", "digits", *SMALL, "--arms", "none", "--arm", "b16: norm=batch, batch_size=16"]) == 0
     said = capsys.readouterr().out
-    for word in ("Layer (type)", "Best rate", "b16", "undecided in test log-loss", "report: comparison/report.html"):
+    for word in (
+        "Layer (type)",
+        "Best rate",
+        "b16",
+        "undecided in test log-loss",
+        "Batch normalization (“b16”)",
+        "report: comparison/report.html",
+    ):
         assert word in said
     assert (here / "comparison" / "best" / "model.onnx").is_file()
 

@@ -9,6 +9,7 @@ __all__ = [
     "OutputError",
     "ShapeError",
     "VerificationError",
+    "WorkerError",
 ]
 
 
@@ -47,6 +48,10 @@ class NotInvertibleError(BatchNormError, ArithmeticError):
 
 class MissingDependencyError(BatchNormError, ImportError):
     """A part of the library needs a package that is not installed."""
+
+
+class WorkerError(BatchNormError, RuntimeError):
+    """A worker process died before its run was finished."""
 
 
 class VerificationError(BatchNormError, RuntimeError):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from batchnorm.errors import OptionError
+from batchnorm.errors import OptionError, WorkerError
 from batchnorm.lab import grid
 from batchnorm.lab.arms import ARMS
 from batchnorm.lab.data import load
@@ -77,6 +77,18 @@ def test_no_cluster_is_said():
         list(grid.run(TASKS, RECIPE, DATA, parallel="dask", cluster=f"tcp://{nobody}"))
     with pytest.raises(OptionError, match="parallel must be one of processes, dask, ray, got 'threads'"):
         grid.run(TASKS, RECIPE, DATA, parallel="threads")
+
+
+def test_a_worker_that_dies_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "deadly.py").write_text(
+        "import os\nfrom torch import nn\n"
+        "class Deadly(nn.Linear):\n    def forward(self, x): os._exit(9)\n"
+        "def make(shape, classes, arm): return Deadly(3, classes)\n"
+    )
+    with pytest.raises(WorkerError, match=r"a worker process died.*the finished runs are kept"):
+        list(grid.run(TASKS, Recipe("deadly:make", 8, 64), DATA, jobs=2))
 
 
 def test_nothing_to_do_starts_nothing():

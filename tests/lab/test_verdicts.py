@@ -77,6 +77,16 @@ def test_a_difference_is_proved_and_said():
     assert found.best.arm.name == "before"
 
 
+def test_the_headline_answers_the_question():
+    found, _ = answers(rows_of(noisy(0.1), accuracy=lambda arm, _, seed: 0.9 if seed % 2 == (arm == "none") else 0.8))
+    assert found.headline == (
+        "Batch normalization (“before”) helps here: compared with “none” it predicts better. "
+        "Open: whether it is right more often, whether it learns sooner and whether it works at more learning rates."
+    )
+    assert "hurts here" in answers(rows_of(noisy(-0.1)))[0].headline
+    assert analyse(rows_of(noisy(0.1)), [ARMS["none"]], (0.1, 1.0), chance=0.1).headline == ""
+
+
 def test_no_difference_is_proved_and_said():
     _, verdict = answers(rows_of(noisy(0.0)), margins=Margins(log_loss=0.05))
     assert verdict["log_loss"].outcome == "equivalent"
@@ -86,13 +96,13 @@ def test_no_difference_is_proved_and_said():
 def test_a_margin_inside_the_noise_leaves_it_undecided():
     _, verdict = answers(rows_of(noisy(0.0)), margins=Margins(log_loss=0.001))
     assert verdict["log_loss"].outcome == "undecided"
-    assert "undecided in test log-loss, the runs allow a difference from −0.0" in verdict["log_loss"].text
+    assert "undecided in test log-loss (first minus second, before correction: −0.0" in verdict["log_loss"].text
 
 
 def test_few_seeds_prove_nothing_and_say_so():
     found, verdict = answers(rows_of(lambda arm, *_: 0.1 if arm == "before" else 5.0, seeds=4))
     assert verdict["log_loss"].outcome == "undecided"
-    assert "a difference of any size" in verdict["log_loss"].text
+    assert "(any difference is possible)" in verdict["log_loss"].text
     assert found.notes[0] == "4 seeds can't prove a difference between 2 arms at 5 %: take at least 6."
 
 

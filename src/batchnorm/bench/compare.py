@@ -20,6 +20,10 @@ __all__ = ["CompareBench", "run"]
 
 UNSTABLE_SPREAD = 0.10
 
+# options of every comparison, seeds, pairs of 1 and 2 jobs, seeds of the growing comparisons
+FULL: tuple[list[str], int, int, tuple[int, ...]] = ([], 10, 3, (2, 4, 8, 16, 32))
+QUICK: tuple[list[str], int, int, tuple[int, ...]] = (["--steps", "50"], 2, 1, (1, 2))
+
 
 @dataclass(frozen=True)
 class CompareBench:
@@ -54,25 +58,23 @@ class CompareBench:
 
 def run(out: Path, *, quick: bool = False) -> CompareBench:
     """Measure `batchnorm.compare` on digits and keep every raw value as JSON in ``out``."""
-    seeds, pairs = (2, 1) if quick else (10, 3)
+    options, seeds, pairs, growth = QUICK if quick else FULL
     facts: dict[str, Any] = {"machine": describe(), "date": datetime.datetime.now(datetime.UTC).isoformat()}
-    facts["full"] = _compare(seeds, jobs=2)
-    facts["jobs"] = [
-        {str(jobs): _compare(seeds, jobs=jobs, rates="0.03,0.1,0.3") for jobs in (1, 2)} for _ in range(pairs)
-    ]
-    facts["growth"] = [_compare(n, jobs=1, rates="0.1") for n in ((1, 2) if quick else (2, 4, 8, 16, 32))]
+    facts["full"] = _compare(seeds, 2, options)
+    few = [*options, "--learning-rates", "0.03,0.1,0.3"]
+    facts["jobs"] = [{str(jobs): _compare(seeds, jobs, few) for jobs in (1, 2)} for _ in range(pairs)]
+    facts["growth"] = [_compare(n, 1, [*options, "--learning-rates", "0.1"]) for n in growth]
     out.mkdir(parents=True, exist_ok=True)
     file = out / "compare.json"
     file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return CompareBench(facts, file)
 
 
-def _compare(seeds: int, *, jobs: int, rates: str = "") -> dict[str, Any]:
+def _compare(seeds: int, jobs: int, options: list[str]) -> dict[str, Any]:
     """Run one comparison in a new folder; ``wall`` is the whole process, ``seconds`` its training runs."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "batchnorm", "compare", "digits", "--out", str(Path(folder, "out"))]
-        command += ["--seeds", str(seeds), "--jobs", str(jobs)]
-        command += ["--learning-rates", rates] if rates else []
+        command += ["--seeds", str(seeds), "--jobs", str(jobs), *options]
         started = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own program
         wall = time.perf_counter() - started

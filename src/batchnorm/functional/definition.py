@@ -5,14 +5,12 @@ any order of derivative) and on JAX. Everything is computed in float64 and round
 those of Ioffe and Szegedy, Batch Normalization, 2015 (arXiv:1502.03167), Algorithm 1, unless another paper is named.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from batchnorm.arrays import Array, constant, expand, namespace, reduced_axes, where, widen
 from batchnorm.errors import OptionError, ShapeError
+from batchnorm.functional.groups import Axes, Batch, groups, only_valid
 from batchnorm.moments import Moments
-
-Axes = str | int | Sequence[int]
 
 
 class Renorm(NamedTuple):
@@ -68,20 +66,6 @@ class Gradients(NamedTuple):
     dx: Array
     dgamma: Array
     dbeta: Array
-
-
-class _Batch(NamedTuple):
-    """One normalization group: values in float64, what counts among them, and how per-channel arrays meet them."""
-
-    x: Array
-    weight: Array | None
-    axes: tuple[int, ...]
-
-    def per_channel(self, v: Array | None, otherwise: float) -> Array | float:
-        return otherwise if v is None else expand(widen(v), self.x, self.axes)
-
-    def total(self, v: Array) -> Array:
-        return namespace(v).sum(v, axis=self.axes, keepdims=True)
 
 
 def batch_norm_train(
@@ -144,7 +128,7 @@ def batch_norm_train(
     """
     _check_running(x, axes, running_mean, running_var, renorm)
     outputs, parts = [], []
-    for batch in _groups(x, axes, mask, sample_weight, virtual_batch_size):
+    for batch in groups(x, axes, mask, sample_weight, virtual_batch_size):
         moments, x_hat, _ = _standardize(batch, eps)
         r, d = _renorm_constants(batch, moments, running_mean, running_var, eps, renorm)
         y = batch.per_channel(gamma, 1.0) * (x_hat * r + d) + batch.per_channel(beta, 0.0)
@@ -152,7 +136,7 @@ def batch_norm_train(
         parts.append(moments)
     xp = namespace(x)
     y = outputs[0] if len(outputs) == 1 else xp.concat(outputs, axis=0)
-    y = _only_valid(xp.astype(y, x.dtype), mask, reduced_axes(axes, x.ndim))
+    y = only_valid(xp.astype(y, x.dtype), mask, reduced_axes(axes, x.ndim))
     moments = parts[0].merge(*parts[1:])
     if running_mean is None or running_var is None:
         return Normalized(y, moments, None, None)
@@ -216,19 +200,19 @@ def batch_norm_backward(
     _check_running(x, axes, running_mean, running_var, renorm)
     reduced = reduced_axes(axes, x.ndim)
     xp = namespace(x)
-    upstream = _only_valid(widen(dy), mask, reduced)
+    upstream = only_valid(widen(dy), mask, reduced)
     dx, dgamma, dbeta, start = [], 0.0, 0.0, 0
-    for batch in _groups(x, axes, mask, sample_weight, virtual_batch_size):
+    for batch in groups(x, axes, mask, sample_weight, virtual_batch_size):
         g = upstream[start : start + batch.x.shape[0]]
         start += batch.x.shape[0]
         moments, x_hat, inv = _standardize(batch, eps)
         r, d = _renorm_constants(batch, moments, running_mean, running_var, eps, renorm)
         dx_hat = batch.per_channel(gamma, 1.0) * r * g
-        share = (1.0 if batch.weight is None else batch.weight) / _filled(moments.count)
+        share = (1.0 if batch.weight is None else batch.weight) / (moments.count + (moments.count == 0))
         dx.append(inv * (dx_hat - share * batch.total(dx_hat) - x_hat * share * batch.total(dx_hat * x_hat)))
         dgamma = dgamma + xp.sum(g * (x_hat * r + d), axis=reduced)
         dbeta = dbeta + xp.sum(g, axis=reduced)
-    return Gradients(_only_valid(xp.astype(xp.concat(dx, axis=0), x.dtype), mask, reduced), dgamma, dbeta)
+    return Gradients(only_valid(xp.astype(xp.concat(dx, axis=0), x.dtype), mask, reduced), dgamma, dbeta)
 
 
 def batch_norm_inference(
@@ -268,7 +252,7 @@ def batch_norm_inference(
     Reference:
         Ioffe, Szegedy 2015, Algorithm 2, line 11.
     """
-    batch = _Batch(widen(x), None, reduced_axes(axes, x.ndim))
+    batch = Batch(widen(x), None, reduced_axes(axes, x.ndim))
     inv = 1.0 / (batch.per_channel(variance, 0.0) + eps) ** 0.5
     centred = batch.x - batch.per_channel(mean, 0.0)
     y = batch.per_channel(gamma, 1.0) * (centred * inv) + batch.per_channel(beta, 0.0)
@@ -310,7 +294,7 @@ def batch_norm_inference_backward(
     """
     if dy.shape != x.shape:
         raise ShapeError(f"dy must have the shape of x, {tuple(x.shape)}, got {tuple(dy.shape)}")
-    xp, batch = namespace(x), _Batch(widen(x), None, reduced_axes(axes, x.ndim))
+    xp, batch = namespace(x), Batch(widen(x), None, reduced_axes(axes, x.ndim))
     g = widen(dy)
     inv = 1.0 / (batch.per_channel(variance, 0.0) + eps) ** 0.5
     x_hat = (batch.x - batch.per_channel(mean, 0.0)) * inv
@@ -350,26 +334,6 @@ def update_running(
     )
 
 
-def ghost_batches(samples: int, size: int | None) -> list[slice]:
-    """Cut a batch into ghost batches of ``size``; the last may be smaller, but a single sample joins its neighbour.
-
-    Raises:
-        OptionError: ``size`` is below two.
-
-    Example:
-        >>> [(s.start, s.stop) for s in ghost_batches(9, 4)]
-        [(0, 4), (4, 9)]
-    """
-    if size is None or samples <= (size if size >= 2 else 0):
-        return [slice(0, samples)]
-    if size < 2:
-        raise OptionError(f"virtual_batch_size must be at least 2 samples, got {size}")
-    starts = list(range(0, samples, size))
-    if samples - starts[-1] == 1:
-        starts.pop()
-    return [slice(a, b) for a, b in zip(starts, [*starts[1:], samples], strict=True)]
-
-
 def _check_running(
     x: Array, axes: Axes, running_mean: Array | None, running_var: Array | None, renorm: Renorm | None
 ) -> None:
@@ -384,31 +348,14 @@ def _check_running(
         raise OptionError(f"renorm must have rmax of at least 1 and dmax of at least 0, got {renorm}")
 
 
-def _groups(
-    x: Array, axes: Axes, mask: Array | None, sample_weight: Array | None, virtual_batch_size: int | None
-) -> list[_Batch]:
-    """Return the normalization groups of ``x``: one, or its ghost batches."""
-    reduced = reduced_axes(axes, x.ndim)
-    if virtual_batch_size is not None and 0 not in reduced:
-        raise OptionError(f"virtual_batch_size cuts axis 0, so axis 0 must be in axes, got axes {reduced}")
-    # also out of the graph of derivatives: a NaN in the padding must not come back as 0 · NaN
-    wide, weight = _only_valid(widen(x), mask, reduced), _weights(x, reduced, mask, sample_weight)
-    if virtual_batch_size is None:
-        return [_Batch(wide, weight, reduced)]
-    return [
-        _Batch(wide[part], None if weight is None else weight[part], reduced)
-        for part in ghost_batches(x.shape[0], virtual_batch_size)
-    ]
-
-
-def _standardize(batch: _Batch, eps: float) -> tuple[Moments, Array, Array]:
+def _standardize(batch: Batch, eps: float) -> tuple[Moments, Array, Array]:
     moments = Moments.of(batch.x, batch.axes, batch.weight)  # (1), (2)
     inv = 1.0 / (expand(moments.variance, batch.x, batch.axes) + eps) ** 0.5
     return moments, (batch.x - expand(moments.mean, batch.x, batch.axes)) * inv, inv  # (3)
 
 
 def _renorm_constants(
-    batch: _Batch,
+    batch: Batch,
     moments: Moments,
     running_mean: Array | None,
     running_var: Array | None,
@@ -425,44 +372,3 @@ def _renorm_constants(
     r = xp.clip((moments.variance + eps) ** 0.5 / sigma, 1 / renorm.rmax, renorm.rmax)
     d = xp.clip((moments.mean - widen(running_mean)) / sigma, -renorm.dmax, renorm.dmax)
     return tuple(expand(constant(v), batch.x, batch.axes) for v in (r, d))
-
-
-def _weights(x: Array, axes: tuple[int, ...], mask: Array | None, sample_weight: Array | None) -> Array | None:
-    """Return mask times weights, of full size along the reduced axes and of size 1 along the others."""
-    wide = widen(x[:0]).dtype
-    weight = None if mask is None else namespace(x).astype(_over_axes(mask, x, axes, "mask"), wide)
-    if sample_weight is not None:
-        if sample_weight.ndim == 1:
-            first = [1] * len(axes)
-            first[0] = sample_weight.shape[0]
-            sample_weight = namespace(x).reshape(sample_weight, tuple(first))
-        frequency = namespace(x).astype(_over_axes(sample_weight, x, axes, "sample_weight"), wide)
-        weight = frequency if weight is None else weight * frequency
-    return weight
-
-
-def _only_valid(values: Array, mask: Array | None, axes: tuple[int, ...]) -> Array:
-    if mask is None:
-        return values
-    xp = namespace(values)
-    return xp.where(_over_axes(mask, values, axes, "mask"), values, xp.zeros_like(values))
-
-
-def _over_axes(v: Array, x: Array, axes: tuple[int, ...], name: str) -> Array:
-    """Broadcast ``v`` to the reduced axes of ``x`` and give it size 1 along the others."""
-    xp, sizes = namespace(x), tuple(x.shape[i] for i in axes)
-    if name == "mask" and not xp.isdtype(v.dtype, "bool"):
-        raise ShapeError(f"mask must be bool, true where a value is valid, got dtype {v.dtype}")
-    shape = (1,) * (len(sizes) - v.ndim) + tuple(v.shape)
-    if len(shape) > len(sizes) or any(a not in (1, b) for a, b in zip(shape, sizes, strict=True)):
-        raise ShapeError(
-            f"{name} must broadcast to {sizes}, the reduced axes {axes} of an input of shape {tuple(x.shape)}, "
-            f"got {tuple(v.shape)}"
-        )
-    full = xp.broadcast_to(xp.reshape(v, shape), sizes)
-    return xp.reshape(full, tuple(n if i in axes else 1 for i, n in enumerate(x.shape)))
-
-
-def _filled(count: Any) -> Any:
-    """Return the count, or 1 where it is 0."""
-    return count + (count == 0)

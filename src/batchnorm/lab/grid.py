@@ -2,15 +2,17 @@
 
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from typing import Any
 
 import psutil
 
-from batchnorm.errors import MissingDependencyError, OptionError
+from batchnorm.errors import MissingDependencyError, OptionError, WorkerError
 from batchnorm.lab.data import Dataset
 from batchnorm.lab.train import Recipe, Task, train
 
@@ -49,7 +51,8 @@ def run(
     if not tasks:
         return iter(())
     if parallel == "processes":
-        return _processes(tasks, recipe, data, min(jobs, len(tasks)))
+        jobs = min(jobs, len(tasks))
+        return _processes(tasks, recipe, data, jobs) if jobs > 1 else (_train(task, recipe, data) for task in tasks)
     return (_dask if parallel == "dask" else _ray)(tasks, recipe, data, cluster)
 
 
@@ -57,8 +60,11 @@ def _train(task: Task, recipe: Recipe, data: Dataset) -> tuple[Task, dict[str, A
     return task, train(task, recipe, data)
 
 
-def _train_for(parent: int, task: Task, recipe: Recipe, data: Dataset) -> tuple[Task, dict[str, Any]]:
+def _train_for(parent: int, folder: str, task: Task, recipe: Recipe, data: Dataset) -> tuple[Task, dict[str, Any]]:
     _end_with(parent)
+    if folder not in sys.path:
+        # a worker that is used again may have started elsewhere
+        sys.path.insert(0, folder)
     return _train(task, recipe, data)
 
 
@@ -75,16 +81,17 @@ def _end_with(parent: int) -> None:
 
 
 def _processes(tasks: Sequence[Task], recipe: Recipe, data: Dataset, jobs: int) -> Finished:
-    if jobs == 1:
-        return (_train(task, recipe, data) for task in tasks)
     from joblib import Parallel, delayed, parallel_config
 
-    with parallel_config(backend="loky", n_jobs=jobs, inner_max_num_threads=1):
-        return iter(
-            Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="2*n_jobs")(
-                delayed(_train_for)(os.getpid(), task, recipe, data) for task in tasks
-            )
-        )
+    calls = (delayed(_train_for)(os.getpid(), os.getcwd(), task, recipe, data) for task in tasks)
+    try:
+        with parallel_config(backend="loky", n_jobs=jobs, inner_max_num_threads=1):
+            yield from Parallel(return_as="generator_unordered", batch_size=1)(calls)
+    except BrokenProcessPool as error:
+        raise WorkerError(
+            "a worker process died, perhaps for lack of memory; the finished runs are kept: the same command continues, "
+            "with fewer --jobs it needs less memory"
+        ) from error
 
 
 def _dask(tasks: Sequence[Task], recipe: Recipe, data: Dataset, address: str | None) -> Finished:

@@ -59,7 +59,7 @@ class Standardize(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the standardized rows."""
-        return (x - self.mean) / self.std
+        return torch.div(x - self.mean, self.std)
 
 
 class Residual(nn.Module):
@@ -71,7 +71,8 @@ class Residual(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the sum of the input and the branch."""
-        return x + self.branch(x)
+        change: torch.Tensor = self.branch(x)
+        return x + change
 
 
 def hidden(arm: Arm, linear: nn.Module, features: int) -> list[nn.Module]:

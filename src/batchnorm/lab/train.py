@@ -20,7 +20,7 @@ from batchnorm.lab.data import Dataset, Split
 from batchnorm.lab.networks import ACTIVATIONS, GLOBAL_RNG, build
 from batchnorm.torch.evaluation import evaluating
 
-__all__ = ["Recipe", "Task", "score", "train", "train_network"]
+__all__ = ["Recipe", "Task", "one_thread", "score", "train", "train_network"]
 
 CURVE_POINTS = 50
 PERCENTILE_POINTS = 20
@@ -55,7 +55,7 @@ class Task:
 
 def train(task: Task, recipe: Recipe, data: Dataset) -> dict[str, Any]:
     """Train one network and return its row; a network whose loss is no longer finite stops and is marked diverged."""
-    with _one_thread():
+    with one_thread():
         return train_network(task, recipe, data)[1]
 
 
@@ -123,7 +123,7 @@ def _batches(rows: int, size: int, seed: int) -> Iterator[torch.Tensor]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Give each run one thread: parallel runs share the cores without fighting for them."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

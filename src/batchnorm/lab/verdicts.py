@@ -125,6 +125,7 @@ class Evidence:
         verdicts: of each pair of arms and question.
         best: the arm with the lowest validation log-loss at its best learning rate.
         threshold: validation accuracy that "steps" and "usable" ask for.
+        headline: whether batch normalization helps, in one sentence; empty where no arm has it or none is without.
         notes: what limits the evidence, in words.
     """
 
@@ -132,6 +133,7 @@ class Evidence:
     verdicts: tuple[Verdict, ...]
     best: ArmResult
     threshold: float
+    headline: str
     notes: tuple[str, ...]
 
 
@@ -163,8 +165,29 @@ def analyse(
     verdicts = tuple(
         verdict for question in _QUESTIONS for verdict in _verdicts(question, results, margins or Margins(), threshold)
     )
-    best = min(results, key=lambda r: next(at.val_log_loss for at in r.rates if at.learning_rate == r.learning_rate))
-    return Evidence(results, verdicts, best, threshold, tuple(_notes(results, len(scored.seeds))))
+    best = min(results, key=_validated)
+    notes = tuple(_notes(results, len(scored.seeds)))
+    return Evidence(results, verdicts, best, threshold, _headline(results, verdicts), notes)
+
+
+def _validated(result: ArmResult) -> float:
+    """Return the mean validation log-loss of an arm at its best rate."""
+    return next(at.val_log_loss for at in result.rates if at.learning_rate == result.learning_rate)
+
+
+def _headline(results: Sequence[ArmResult], verdicts: Sequence[Verdict]) -> str:
+    """Compare the best arm with batch normalization to the first arm without any."""
+    plain = [r for r in results if r.arm.norm == "none" and r.arm.input != "norm"]
+    normalized = [r for r in results if r.arm.norm == "batch"]
+    if not (plain and normalized):
+        return ""
+    reference, arm = plain[0].arm.name, min(normalized, key=_validated).arm.name
+    outcomes = {}
+    for verdict in verdicts:
+        if {verdict.first, verdict.second} == {reference, arm}:
+            won = {"first": verdict.first, "second": verdict.second}.get(verdict.outcome)
+            outcomes[verdict.question] = verdict.outcome if won is None else ("better" if won == arm else "worse")
+    return words.headline(arm, reference, outcomes)
 
 
 class _Scores:

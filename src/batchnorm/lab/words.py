@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-__all__ = ["Finding", "Side", "describe"]
+__all__ = ["Finding", "Side", "describe", "headline"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,51 @@ _MEASURES = {
 }
 
 
+# question -> what a better arm does, what a worse one does, what is open where nothing is decided
+_EFFECTS = {
+    "log_loss": ("predicts better", "predicts worse", "whether it predicts better"),
+    "accuracy": ("is right more often", "is right less often", "whether it is right more often"),
+    "steps": ("learns sooner", "learns later", "whether it learns sooner"),
+    "usable": (
+        "works at more learning rates",
+        "works at fewer learning rates",
+        "whether it works at more learning rates",
+    ),
+}
+
+
+def headline(arm: str, reference: str, outcomes: dict[str, str]) -> str:
+    """Return the answer to "does it help?" as one sentence.
+
+    Args:
+        arm: name of the arm with batch normalization.
+        reference: name of the arm without.
+        outcomes: for each question ``"better"``, ``"worse"``, ``"equivalent"`` or ``"undecided"``.
+
+    Example:
+        >>> headline("before", "none", {"log_loss": "better", "accuracy": "equivalent"})
+        'Batch normalization (“before”) helps here: compared with “none” it predicts better.'
+    """
+    better = [_EFFECTS[q][0] for q, outcome in outcomes.items() if outcome == "better"]
+    worse = [_EFFECTS[q][1] for q, outcome in outcomes.items() if outcome == "worse"]
+    still = [_EFFECTS[q][2] for q, outcome in outcomes.items() if outcome == "undecided"]
+    if better and worse:
+        verdict = f"helps and hurts here: compared with “{reference}” it {_listed(better)}, but {_listed(worse)}."
+    elif better or worse:
+        effect = "helps" if better else "hurts"
+        verdict = f"{effect} here: compared with “{reference}” it {_listed(better or worse)}."
+    elif still:
+        verdict = f"makes no difference to “{reference}” here that these runs could prove."
+    else:
+        verdict = f"makes no difference to “{reference}” here that matters."
+    ending = f" Open: {_listed(still)}." if still and (better or worse) else ""
+    return f"Batch normalization (“{arm}”) {verdict}{ending}"
+
+
+def _listed(parts: list[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
 def describe(found: Finding) -> str:
     """Return a finding as one sentence."""
     if found.question in _MEASURES:
@@ -56,9 +101,11 @@ def _measured(f: Finding) -> str:
     if f.equivalent:
         return f"{f.better} and {f.other}: no difference in {what} larger than {_amount(f.margin * scale, unit)}"
     if not f.decided:
-        span = f"from {_number(f.low * scale)} to {_amount(f.high * scale, unit)}"
-        size = span if math.isfinite(f.low) else "of any size"
-        return f"{f.better} and {f.other}: undecided in {what}, the runs allow a difference {size}"
+        span = f"{_number(f.low * scale)} to {_amount(f.high * scale, unit)}"
+        size = (
+            f"first minus second, before correction: {span}" if math.isfinite(f.low) else "any difference is possible"
+        )
+        return f"{f.better} and {f.other}: undecided in {what} ({size})"
     near, far = sorted((abs(f.low * scale), abs(f.high * scale)))
     size = _amount(abs(f.difference * scale), unit)
     interval = f"95 % interval {_number(near)} to {_number(far)}"
