@@ -139,6 +139,7 @@ STANDARD = {
     "NotInvertibleError": ArithmeticError,
     "MissingDependencyError": ImportError,
     "VerificationError": RuntimeError,
+    "WorkerError": RuntimeError,
 }
 
 

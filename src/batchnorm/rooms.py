@@ -1,15 +1,18 @@
-"""Import parts of the library on demand."""
+"""Open rooms of the library on demand, so that a framework is loaded by the verb that needs it and by nothing else."""
 
+import sys
+from collections.abc import Iterable
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from batchnorm.errors import MissingDependencyError
 
-__all__ = ["require"]
+__all__ = ["open_lazily", "require"]
 
 
 def require(room: str, extra: str) -> Any:
-    """Import a room of the house, or say which extra of this package has what it needs.
+    """Import a room, or say which extra of this package has what it needs.
 
     Raises:
         MissingDependencyError: a package that the room needs is not installed.
@@ -20,3 +23,31 @@ def require(room: str, extra: str) -> Any:
         raise MissingDependencyError(
             f"{room} needs the package {error.name!r}, which is not installed: pip install 'batchnorm[{extra or 'all'}]'"
         ) from error
+
+
+def open_lazily(package: str, public: dict[str, tuple[str, str]]) -> None:
+    """Bind the public names of a package at their first use.
+
+    Args:
+        package: its ``__name__``.
+        public: for each name the room that it lives in, or that it is, and the extra that the room needs.
+    """
+
+    class Package(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            if name not in public:
+                raise AttributeError(f"module {package!r} has no attribute {name!r}; it has {', '.join(public)}")
+            room = require(*public[name])
+            value = getattr(room, name, room)
+            super().__setattr__(name, value)
+            return value
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            # importing the file compare.py would bind the module to the verb's name
+            if not (name in public and isinstance(value, ModuleType) and hasattr(value, name)):
+                super().__setattr__(name, value)
+
+        def __dir__(self) -> Iterable[str]:
+            return sorted({*super().__dir__(), *public})
+
+    sys.modules[package].__class__ = Package

@@ -7,12 +7,12 @@ from torch import nn
 
 from batchnorm.lab.arms import ARMS
 from batchnorm.lab.chains import fold_chains, recalibrate_chains
-from batchnorm.lab.data import load
+from batchnorm.lab.data import load_data
 from batchnorm.lab.networks import Residual, Standardize, build
 from batchnorm.lab.train import Recipe, Task, train_network
 from batchnorm.torch import BatchNorm1d, BatchNorm2d
 
-DATA = load("digits")
+DATA = load_data("digits")
 
 
 def shaken(network):

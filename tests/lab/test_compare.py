@@ -12,7 +12,7 @@ import torch
 
 import batchnorm as bn
 from batchnorm.errors import DataError, OptionError, OutputError
-from batchnorm.lab.data import load
+from batchnorm.lab.data import load_data
 from batchnorm.lab.networks import build
 from batchnorm.lab.store import Store
 
@@ -39,7 +39,7 @@ def test_the_numbers_of_an_arm_can_be_recomputed_by_hand(small):
     """Plain PyTorch, written from the documentation, gives the numbers of a run."""
     from torch import nn
 
-    data = load("digits")
+    data = load_data("digits")
     split = data.split(1)
     x, y = torch.from_numpy(split.x_train).flatten(1), torch.from_numpy(split.y_train)
     start = build("mlp", data.shape, 10, small.table[1].arm, 1, torch.from_numpy(split.x_train))

@@ -17,9 +17,9 @@ X = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
 
 def test_the_saved_models_agree_with_the_deployed_network(small):
     """Rows as they come, without any preparation, through all three forms."""
-    from batchnorm.lab.data import load
+    from batchnorm.lab.data import load_data
 
-    x = load("digits").x[:100]
+    x = load_data("digits").x[:100]
     with torch.no_grad():
         expected = small.best.deployed.network(torch.from_numpy(x)).numpy()
         loaded = load_model(small.out / "best" / "model.safetensors")(torch.from_numpy(x)).numpy()

@@ -11,10 +11,10 @@ import pytest
 from batchnorm.errors import OptionError, WorkerError
 from batchnorm.lab import grid
 from batchnorm.lab.arms import ARMS
-from batchnorm.lab.data import load
+from batchnorm.lab.data import load_data
 from batchnorm.lab.train import Recipe, Task
 
-DATA = load("digits")
+DATA = load_data("digits")
 RECIPE = Recipe("mlp", 8, 64)
 TASKS = [Task(ARMS[arm], 0.1, seed) for arm in ("none", "before") for seed in range(3)]
 TIMES = ("seconds", "memory_mb", "worker")

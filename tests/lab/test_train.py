@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from batchnorm.lab.arms import ARMS, Arm
-from batchnorm.lab.data import load
+from batchnorm.lab.data import load_data
 from batchnorm.lab.train import Recipe, Task, _Watch, score, train, train_network
 
-DATA = load("digits")
+DATA = load_data("digits")
 NUMBERS = ("status", "steps", "val_log_loss", "val_accuracy", "test_log_loss", "test_accuracy", "curve", "units")
 
 

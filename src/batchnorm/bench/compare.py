@@ -21,7 +21,7 @@ __all__ = ["CompareBench", "run"]
 UNSTABLE_SPREAD = 0.10
 
 # options of every comparison, seeds, pairs of 1 and 2 jobs, seeds of the growing comparisons
-FULL: tuple[list[str], int, int, tuple[int, ...]] = ([], 10, 3, (2, 4, 8, 16, 32))
+FULL: tuple[list[str], int, int, tuple[int, ...]] = ([], 10, 3, (2, 4, 8, 16))
 QUICK: tuple[list[str], int, int, tuple[int, ...]] = (["--steps", "50"], 2, 1, (1, 2))
 
 

@@ -14,7 +14,7 @@ import torch
 from batchnorm.errors import OutputError
 from batchnorm.lab import deploy, grid
 from batchnorm.lab.arms import Arm, resolve
-from batchnorm.lab.data import load
+from batchnorm.lab.data import load_data
 from batchnorm.lab.outputs import facts_of, rows_as_csv, write
 from batchnorm.lab.plan import Plan, at_least, rates_of, source_options
 from batchnorm.lab.progress import Progress
@@ -143,7 +143,7 @@ def compare(
         Ioffe, Szegedy 2015 (arXiv:1502.03167), section 4.1. Bjorck and others 2018 (arXiv:1806.02375).
     """
     plan = Plan(
-        data=load(data, target=target, drop=tuple(drop), image_size=image_size),
+        data=load_data(data, target=target, drop=tuple(drop), image_size=image_size),
         arms=resolve(arms),
         rates=rates_of(learning_rates),
         seeds=range(at_least(1, "seeds", seeds)),

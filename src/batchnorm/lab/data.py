@@ -12,7 +12,7 @@ from sklearn.model_selection import train_test_split
 from batchnorm.errors import DataError
 from batchnorm.lab.readers import Raw, read_digits, read_file, read_folder
 
-__all__ = ["Dataset", "Split", "load"]
+__all__ = ["Dataset", "Split", "load_data"]
 
 MOST_CLASSES = 1000
 FEWEST_IN_CLASS = 5
@@ -75,7 +75,7 @@ class Split:
     y_test: np.ndarray
 
 
-def load(
+def load_data(
     source: Any,
     *,
     target: str | None = None,
@@ -95,7 +95,7 @@ def load(
         DataError: what was found can't be read or learned from; the message says what to do.
 
     Example:
-        >>> data = load("digits")
+        >>> data = load_data("digits")
         >>> data.x.shape, len(data.classes)
         ((1797, 1, 8, 8), 10)
     """

@@ -23,7 +23,7 @@ from batchnorm.lab.chains import fold_chains, recalibrate_chains
 from batchnorm.lab.networks import build
 from batchnorm.torch.evaluation import evaluating
 
-__all__ = ["Deployed", "deploy", "load", "save"]
+__all__ = ["Deployed", "deploy", "load_model", "save"]
 
 RECALIBRATION_ROWS = 10_000
 EXACT_BOUND = 1e-10
@@ -83,7 +83,7 @@ def save(deployed: Deployed, folder: Path, x: np.ndarray, about: dict[str, Any])
         deployed: what to save.
         folder: made anew; an older one is replaced at the end.
         x: rows to check the ONNX model on.
-        about: JSON values that `load` needs, kept in the header of the safetensors file.
+        about: JSON values that `load_model` needs, kept in the header of the safetensors file.
 
     Returns:
         The operators of the ONNX graph and the largest difference of its logits.
@@ -107,7 +107,7 @@ def save(deployed: Deployed, folder: Path, x: np.ndarray, about: dict[str, Any])
     return onnx
 
 
-def load(path: str | Path) -> nn.Module:
+def load_model(path: str | Path) -> nn.Module:
     """Load a network that a comparison saved, folded and in evaluation mode; nothing is unpickled.
 
     Args:
@@ -117,7 +117,7 @@ def load(path: str | Path) -> nn.Module:
         DataError: not such a file.
 
     Example:
-        >>> load("best/model.safetensors")                                          # doctest: +SKIP
+        >>> load_model("comparison/best/model.safetensors")  # doctest: +SKIP
     """
     try:
         with safe_open(path, "pt") as file:
