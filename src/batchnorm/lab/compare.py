@@ -4,7 +4,6 @@ import json
 import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,64 +17,16 @@ from batchnorm.lab.data import load_data
 from batchnorm.lab.outputs import facts_of, rows_as_csv, write
 from batchnorm.lab.plan import Plan, at_least, rates_of, source_options
 from batchnorm.lab.progress import Progress
-from batchnorm.lab.report import Report, write_report
+from batchnorm.lab.report import write_report
+from batchnorm.lab.results import Best, Comparison
 from batchnorm.lab.store import Store
-from batchnorm.lab.tables import results_table
 from batchnorm.lab.train import Recipe, Task, one_thread, score, train_network
-from batchnorm.lab.verdicts import ArmResult, Evidence, Margins, Verdict, analyse
-from batchnorm.summary import Summary, summary
+from batchnorm.lab.verdicts import Evidence, Margins, analyse
+from batchnorm.summary import summary
 
-__all__ = ["Best", "Comparison", "compare"]
+__all__ = ["compare"]
 
 LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-
-
-@dataclass(frozen=True)
-class Best:
-    """The network to deploy: the best arm at its best learning rate, of the seed with the lowest validation log-loss.
-
-    Args:
-        task: arm, learning rate and seed.
-        before: test log-loss and accuracy with the running statistics of training.
-        recalibrated: the same with statistics over the training set.
-        deployed: the folded network and its proof.
-        summary: layers and parameters before folding.
-        files: where it was saved; empty without an output folder.
-        onnx: operators and error of the ONNX model; empty without an output folder.
-    """
-
-    task: Task
-    before: tuple[float, float]
-    recalibrated: tuple[float, float]
-    deployed: deploy.Deployed
-    summary: Summary
-    files: tuple[Path, ...]
-    onnx: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What `compare` found; prints as a table and the verdicts in words.
-
-    Args:
-        table: what each arm reaches.
-        verdicts: what the pairs of arms prove, question by question.
-        best: the network to deploy.
-        evidence: all of it, with the notes on what limits it.
-        rows: of every run.
-        out: the folder with ``report.html``, ``runs.csv`` and ``best/``; ``None`` where nothing was written.
-    """
-
-    table: tuple[ArmResult, ...]
-    verdicts: tuple[Verdict, ...]
-    best: Best
-    evidence: Evidence
-    rows: tuple[dict[str, Any], ...]
-    out: Path | None
-
-    def __str__(self) -> str:
-        answer = [self.evidence.headline, ""] if self.evidence.headline else []
-        return "\n".join([results_table(self.evidence), "", *answer, *map(str, self.verdicts), *self.evidence.notes])
 
 
 def compare(
@@ -165,25 +116,29 @@ def compare(
                 bar.advance(task, row)
         seconds = time.perf_counter() - started
         rows = store.rows(plan.tasks)
-    return _conclude(plan, rows, folder, seconds, len(missing))
+    found = _conclude(plan, rows, folder, seconds, len(missing))
+    if folder is not None:
+        try:
+            write(folder / "runs.csv", rows_as_csv(rows))
+            write(folder / "comparison.json", json.dumps(facts_of(plan, found), indent=2) + "\n")
+            write(folder / "report.html", write_report(plan, found))
+        except OSError as error:
+            raise OutputError(f"the output folder {folder} must be one that can be written: {error}") from error
+    return found
 
 
 def _conclude(plan: Plan, rows: list[dict[str, Any]], folder: Path | None, seconds: float, ran: int) -> Comparison:
     evidence = analyse(rows, plan.arms, plan.rates, chance=plan.chance, margins=plan.margins, threshold=plan.threshold)
-    best = _best(plan, evidence, folder)
-    found = Comparison(evidence.results, evidence.verdicts, best, evidence, tuple(rows), folder)
-    if folder is not None:
-        try:
-            write(folder / "runs.csv", rows_as_csv(rows))
-            write(
-                folder / "comparison.json",
-                json.dumps(facts_of(plan, found) | {"ran": ran, "seconds": seconds}, indent=2) + "\n",
-            )
-            report = Report(plan.data, plan.recipe, evidence, rows, best, plan.command(folder), seconds, ran)
-            write(folder / "report.html", write_report(report))
-        except OSError as error:
-            raise OutputError(f"the output folder {folder} must be one that can be written: {error}") from error
-    return found
+    return Comparison(
+        table=evidence.results,
+        verdicts=evidence.verdicts,
+        best=_best(plan, evidence, folder),
+        evidence=evidence,
+        rows=tuple(rows),
+        out=folder,
+        seconds=seconds,
+        ran=ran,
+    )
 
 
 def _best(plan: Plan, evidence: Evidence, folder: Path | None) -> Best:

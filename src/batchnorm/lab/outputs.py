@@ -4,12 +4,10 @@ import csv
 import io
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from batchnorm.lab.plan import Plan
-
-if TYPE_CHECKING:
-    from batchnorm.lab.compare import Comparison
+from batchnorm.lab.results import Comparison
 
 __all__ = ["facts_of", "rows_as_csv", "write"]
 
@@ -28,7 +26,7 @@ def rows_as_csv(rows: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def facts_of(plan: Plan, found: "Comparison") -> dict[str, Any]:
+def facts_of(plan: Plan, found: Comparison) -> dict[str, Any]:
     """Return what was found, for programs to read."""
     best = found.best
     return {
@@ -63,6 +61,8 @@ def facts_of(plan: Plan, found: "Comparison") -> dict[str, Any]:
             for v in found.verdicts
         ],
         "notes": found.evidence.notes,
+        "ran": found.ran,
+        "seconds": found.seconds,
         "best": {
             "arm": best.task.arm.to_dict(),
             "learning_rate": best.task.learning_rate,

@@ -3,23 +3,21 @@
 import datetime
 import math
 import platform
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from batchnorm.lab import figures
-from batchnorm.lab.data import Dataset
+from batchnorm.lab.plan import Plan
+from batchnorm.lab.results import Comparison
 from batchnorm.lab.tables import cells
-from batchnorm.lab.train import Recipe
 from batchnorm.lab.verdicts import Evidence
 
-if TYPE_CHECKING:
-    from batchnorm.lab.compare import Best
-
-__all__ = ["Report", "write_report"]
+__all__ = ["write_report"]
 
 _OPENINGS = {
     "log_loss": "Does it predict better?",
@@ -29,57 +27,31 @@ _OPENINGS = {
 }
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a report shows.
-
-    Args:
-        data: the data set.
-        recipe: what all runs shared.
-        evidence: the answers.
-        rows: of every run.
-        best: the network to deploy.
-        command: the command line that makes it again.
-        seconds: that the runs of this call took.
-        ran: how many runs those were; the others were in the folder.
-    """
-
-    data: Dataset
-    recipe: Recipe
-    evidence: Evidence
-    rows: list[dict[str, Any]]
-    best: "Best"
-    command: str
-    seconds: float
-    ran: int
-
-
-def write_report(report: Report) -> str:
+def write_report(plan: Plan, found: Comparison) -> str:
     """Return the report as HTML; every name that came from the user is escaped."""
     environment = Environment(
-        loader=PackageLoader("batchnorm.lab", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
+        loader=PackageLoader("batchnorm.lab", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    evidence = report.evidence
+    evidence, rows = found.evidence, found.rows
     questions = {
-        opening: [verdict for verdict in evidence.verdicts if verdict.question == question]
+        opening: [verdict for verdict in found.verdicts if verdict.question == question]
         for question, opening in _OPENINGS.items()
     }
     return environment.get_template("report.html.jinja").render(
-        report=report,
+        plan=plan,
+        found=found,
         evidence=evidence,
-        questions={opening: found for opening, found in questions.items() if found},
-        cells=[cells(result) for result in evidence.results],
-        drift=_drift(report.rows, evidence),
-        curves=_drawn(figures.learning_curves(report.rows, evidence)),
+        questions={opening: verdicts for opening, verdicts in questions.items() if verdicts},
+        cells=[cells(result) for result in found.table],
+        drift=_drift(rows, evidence),
+        curves=_drawn(figures.learning_curves(rows, evidence)),
         rates=_drawn(figures.loss_by_rate(evidence)),
         differences=_drawn(figures.differences(evidence)),
-        activations=_drawn(figures.activations(report.rows, evidence)),
-        diverged=sum(row["status"] == "diverged" for row in report.rows),
-        guess=math.log(len(report.data.classes)),
-        memory=max(row["memory_mb"] for row in report.rows),
+        activations=_drawn(figures.activations(rows, evidence)),
+        diverged=sum(row["status"] == "diverged" for row in rows),
+        guess=math.log(len(plan.data.classes)),
+        command=plan.command(found.out or Path("comparison")),
+        memory=max(row["memory_mb"] for row in rows),
         machine=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}",
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
@@ -90,7 +62,7 @@ def _drawn(svg: str) -> Markup:
     return Markup(svg)  # noqa: S704
 
 
-def _drift(rows: list[dict[str, Any]], evidence: Evidence) -> list[tuple[str, list[str]]]:
+def _drift(rows: Sequence[dict[str, Any]], evidence: Evidence) -> list[tuple[str, list[str]]]:
     """Return for each arm the mean drift of its activation layers over the seeds, at the best rate."""
     table = []
     for result in evidence.results:
