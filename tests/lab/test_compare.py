@@ -152,6 +152,12 @@ def test_a_network_with_the_wrong_number_of_logits(tmp_path, monkeypatch):
         bn.compare("digits", model="few:make", **SMALL)
 
 
+def test_rows_of_another_torch_are_not_mixed_in(small, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    with pytest.raises(OutputError, match=r'torch "2.* there, "9.9" here'):
+        bn.compare("digits", out=small.out, **SMALL)
+
+
 def test_a_folder_of_another_comparison_is_refused(small):
     before = {f: f.stat().st_mtime_ns for f in small.out.rglob("*")}
     with pytest.raises(OutputError, match="steps 40 there, 41 here"):

@@ -50,6 +50,15 @@ def test_many_pairs_are_drawn_and_near_the_exact_p(rng):
     assert SignFlip(d).p == SignFlip(d).p
 
 
+def test_the_observed_pattern_is_among_the_drawn_ones():
+    assert SignFlip([1.0] * 20).p == smallest_p(20) == 1 / 20_000
+
+
+def test_holm_steps_down():
+    """Bonferroni would give 0.12 to the largest."""
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+
+
 def test_the_interval_covers_as_often_as_it_says(rng):
     covered = sum(low <= 1.0 <= high for low, high in (SignFlip(rng.normal(1, 2, 8)).interval() for _ in range(300)))
     # 95 % of 300 is 285 ± 3.8

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 
+from batchnorm.lab import words
 from batchnorm.lab.arms import ARMS, Arm
 from batchnorm.lab.statistics import SignFlip
-from batchnorm.lab.verdicts import Margins, _longest_run, analyse
+from batchnorm.lab.verdicts import Estimate, Margins, _longest_run, analyse
 
 
 def row(arm, rate, seed, loss=0.2, accuracy=0.9, reached=10, status="trained"):
@@ -160,6 +161,17 @@ def test_holm_runs_over_the_pairs_of_arms():
     losses = [v for v in found.verdicts if v.question == "log_loss"]
     assert [v.p for v in losses] == [2 / 1024, 1.0, 2 / 1024]
     assert [v.p_holm for v in losses] == pytest.approx([6 / 1024, 1.0, 6 / 1024])
+
+
+def test_an_interval_stays_among_the_possible_values():
+    assert Estimate.of([0.98, 1.0, 1.0], most=1.0).high == 1.0
+    assert Estimate.of([0.001, 0.0, 0.01]).low == 0.0
+    assert Estimate.of([0.5]) == Estimate(0.5, -math.inf, math.inf)
+
+
+def test_rounding_of_an_intervals_end_is_not_printed():
+    assert words._number(4.3e-9) == "0"
+    assert words._number(-0.125) == "−0.12"
 
 
 def test_the_threshold_is_nine_tenths_of_the_way():

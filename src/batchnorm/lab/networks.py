@@ -14,6 +14,7 @@ from torch import nn
 
 from batchnorm.errors import OptionError
 from batchnorm.lab.arms import Arm
+from batchnorm.moments import Moments
 from batchnorm.torch import BatchNorm1d, BatchNorm2d
 
 __all__ = ["ACTIVATIONS", "NETWORKS", "Standardize", "build", "factory_of", "hidden"]
@@ -28,6 +29,8 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 Factory = Callable[[tuple[int, ...], int, Arm], nn.Module]
+
+VALUES_AT_ONCE = 2**14
 
 # A cluster's workers may run several tasks as threads of one process, which share torch's global generator.
 GLOBAL_RNG = threading.Lock()
@@ -52,10 +55,12 @@ class Standardize(nn.Module):
     @classmethod
     def of(cls, x: torch.Tensor) -> "Standardize":
         """Measure ``x``: each feature of ``(N, features)``, each channel of ``(N, C, H, W)``."""
-        axes = (0, *range(2, x.ndim))
-        wide = x.double()
-        mean, std = wide.mean(axes, keepdim=True), wide.std(axes, keepdim=True, unbiased=False)
-        return cls(mean[0].float(), torch.where(std == 0, 1.0, std)[0].float())
+        # in small parts: a large data set in float64 would be the largest thing in memory
+        rows = max(1, VALUES_AT_ONCE // x[0].numel())
+        measured = Moments.empty().merge(*(Moments.of(part) for part in torch.split(x, rows)))
+        std = measured.variance.sqrt()
+        shape = (-1, *[1] * (x.ndim - 2))
+        return cls(measured.mean.float().reshape(shape), torch.where(std == 0, 1.0, std).float().reshape(shape))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the standardized rows."""

@@ -119,7 +119,8 @@ def score(network: nn.Module, x: np.ndarray, y: np.ndarray) -> tuple[float, floa
     total, right = 0.0, 0
     with evaluating(network):
         for i in range(0, len(y), 4096):
-            logits, labels = network(torch.from_numpy(x[i : i + 4096])), torch.from_numpy(y[i : i + 4096])
+            # copies: rows that processes share can't be written to, which torch's tensors could
+            logits, labels = network(torch.tensor(x[i : i + 4096])), torch.tensor(y[i : i + 4096])
             total += F.cross_entropy(logits.double(), labels, reduction="sum").item()
             right += int((logits.argmax(1) == labels).sum())
     return total / len(y), right / len(y)

@@ -20,16 +20,18 @@ LEVEL = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over seeds with its 95 % interval."""
+    """A mean over seeds with its 95 % interval, cut to the values that are possible."""
 
     mean: float
     low: float
     high: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Estimate":
-        """Estimate the mean of ``values`` by Student's interval."""
-        return cls(float(np.mean(values)), *mean_interval(values))
+    def of(cls, values: Sequence[float], most: float = math.inf) -> "Estimate":
+        """Estimate the mean of ``values``, which lie between 0 and ``most``, by Student's interval."""
+        low, high = mean_interval(values)
+        cut = (low, high) if len(values) < 2 else (max(low, 0.0), min(high, most))
+        return cls(float(np.mean(values)), *cut)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +233,7 @@ def _result(arm: Arm, rate: float, scored: _Scores, threshold: float) -> ArmResu
         learning_rate=rate,
         at_edge=len(scored.rates) > 1 and rate in (scored.rates[0], scored.rates[-1]),
         log_loss=Estimate.of(scores["log_loss"]),
-        accuracy=Estimate.of(scores["accuracy"]),
+        accuracy=Estimate.of(scores["accuracy"], most=1.0),
         steps=float(np.median(scores["steps"])),
         usable=tuple(scored.rates[i] for i in _longest_run(most)),
         rates=tuple(_at_rate(arm.name, r, scored) for r in scored.rates),

@@ -139,7 +139,8 @@ def _span(usable: tuple[float, ...]) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.2g}".replace("-", "−")
+    # the ends of an interval are found to about nine digits
+    return f"{0.0 if abs(value) < 1e-6 else value:.2g}".replace("-", "−")
 
 
 def _amount(value: float, unit: str) -> str:
