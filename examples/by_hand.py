@@ -7,8 +7,10 @@ from batchnorm import functional
 
 EPS, DECAY = 1e-5, 0.9
 
+Arrays = tuple[np.ndarray, ...]
 
-def forward(x, gamma, beta):
+
+def forward(x: np.ndarray, gamma: np.ndarray, beta: np.ndarray) -> Arrays:
     """Normalize each column of ``x``; return what the backward needs too."""
     mean = x.mean(axis=0)
     variance = ((x - mean) ** 2).mean(axis=0)  # divided by N: the biased variance
@@ -17,14 +19,14 @@ def forward(x, gamma, beta):
     return gamma * x_hat + beta, mean, variance, inv, x_hat
 
 
-def backward(dy, gamma, inv, x_hat):
+def backward(dy: np.ndarray, gamma: np.ndarray, inv: np.ndarray, x_hat: np.ndarray) -> Arrays:
     """Return the gradients with respect to x, γ and β; mean and variance depend on x too."""
     dx_hat = dy * gamma
     dx = inv * (dx_hat - dx_hat.mean(axis=0) - x_hat * (dx_hat * x_hat).mean(axis=0))
     return dx, (dy * x_hat).sum(axis=0), dy.sum(axis=0)
 
 
-def by_torch(x, gamma, beta, dy):
+def by_torch(x: np.ndarray, gamma: np.ndarray, beta: np.ndarray, dy: np.ndarray) -> list[np.ndarray]:
     """Do the same with ``torch.nn.BatchNorm1d`` and autograd."""
     layer = torch.nn.BatchNorm1d(x.shape[1], eps=EPS, momentum=1 - DECAY, dtype=torch.float64)
     with torch.no_grad():
@@ -37,7 +39,7 @@ def by_torch(x, gamma, beta, dy):
     return [v.numpy() for v in values]
 
 
-def main():
+def main() -> None:
     rng = np.random.default_rng(0)
     x, dy = rng.normal(3.0, 2.0, (8, 3)), rng.normal(size=(8, 3))
     gamma, beta = rng.normal(size=3), rng.normal(size=3)

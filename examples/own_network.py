@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.lab import hidden
+from batchnorm.lab import Arm, hidden
 
 
-def linear(inputs, outputs, bias):
+def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
     """Return a layer that draws its weights and nothing else, so that equal seeds give equal weights in every arm."""
     layer = nn.Linear(inputs, outputs, bias=False)
     if bias:
@@ -17,7 +17,7 @@ def linear(inputs, outputs, bias):
     return layer
 
 
-def bottleneck(shape, classes, arm):
+def bottleneck(shape: tuple[int, ...], classes: int, arm: Arm) -> nn.Module:
     """Two hidden layers, the second one narrow; `hidden` puts in the normalization and the activation of the arm."""
     inputs = math.prod(shape)
     return nn.Sequential(
@@ -28,7 +28,7 @@ def bottleneck(shape, classes, arm):
     )
 
 
-def main():
+def main() -> None:
     found = bn.compare(
         "digits",
         model="own_network:bottleneck",
@@ -43,5 +43,6 @@ def main():
     print(found)
 
 
+# Workers import this file to find the factory: without the guard each of them would start a comparison.
 if __name__ == "__main__":
     main()

@@ -9,6 +9,7 @@ import re
 import runpy
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -126,22 +127,14 @@ MODULES = [
 
 @pytest.mark.parametrize("module", [batchnorm, *MODULES], ids=lambda module: module.__name__)
 def test_the_examples_of_docstrings_print_what_they_show(module, elsewhere):
-    failed = doctest.testmod(module, raise_on_error=False, report=True).failed
-    assert failed == 0, "see the captured output"
+    assert doctest.testmod(module).failed == 0, "see the captured output"
 
 
 def test_the_doctests_are_found_and_a_wrong_one_fails():
-    def wrong():
-        """
-        >>> 1 + 1
-        3
-        """
-
     tried = {module.__name__: len(doctest.DocTestFinder(exclude_empty=True).find(module)) for module in MODULES}
     assert {"batchnorm.moments", "batchnorm.torch.layers", "batchnorm.lab.compare"} <= tried.keys()
     assert sum(tried.values()) > 20
-    module = ModuleType("with_a_wrong_example")
-    wrong.__module__, module.wrong = module.__name__, wrong
+    module = ModuleType("with_a_wrong_example", doc=">>> 1 + 1\n3\n")
     with contextlib.redirect_stdout(io.StringIO()):
         assert doctest.testmod(module).failed == 1
 
@@ -192,6 +185,15 @@ def test_the_site_loads_nothing_from_elsewhere():
     configuration = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert "font: false" in configuration
     assert "http" not in re.sub(r"^ *#.*$", "", configuration, flags=re.MULTILINE)
+
+
+def test_the_page_on_architecture_names_every_room_of_the_contracts():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = [c for c in settings["tool"]["importlinter"]["contracts"] if c["type"] == "layers"]
+    rooms = {room for contract in contracts for layer in contract["layers"] for room in re.findall(r"\w+", layer)}
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert "moments" in rooms
+    assert rooms <= set(re.findall(r"`(\w+)`", page))
 
 
 PUBLIC = {

@@ -19,10 +19,12 @@ def test_an_example_runs_from_any_folder_and_leaves_nothing_behind(example, tmp_
     here, temporary = tmp_path / "here", tmp_path / "tmp"
     here.mkdir()
     temporary.mkdir()
+    # what libraries leave of their own: torch a cache, onnxruntime an identifier for its reports
+    libraries = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "ORT_DISABLE_TELEMETRY": "1"}
     done = subprocess.run(
         [sys.executable, example],
         cwd=here,
-        env=os.environ | {"TMPDIR": str(temporary)},
+        env=os.environ | {"TMPDIR": str(temporary)} | libraries,
         capture_output=True,
         text=True,
         timeout=240,
