@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit codes, one clear sentence, nothing half-written."""
 
+import html
 import re
 import subprocess
 import sys
@@ -12,14 +13,7 @@ from batchnorm import cli
 SMALL = ["--learning-rates", "0.1", "--seeds", "1", "--steps", "10", "--jobs", "1"]
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    return tmp_path
-
-
-def test_compare_ends_in_a_table_the_verdicts_and_the_files(here, capsys):
+def test_compare_ends_in_a_table_the_verdicts_and_the_files(elsewhere, capsys):
     assert cli.main(["compare", "digits", *SMALL, "--arms", "none", "--arm", "b16: norm=batch, batch_size=16"]) == 0
     said = capsys.readouterr().out
     for word in (
@@ -31,17 +25,17 @@ def test_compare_ends_in_a_table_the_verdicts_and_the_files(here, capsys):
         "report: comparison/report.html",
     ):
         assert word in said
-    assert (here / "comparison" / "best" / "model.onnx").is_file()
+    assert (elsewhere / "comparison" / "best" / "model.onnx").is_file()
 
 
-def bad_calls(here):
+def bad_calls(elsewhere):
     """Return each way to go wrong: the words of the command line and what must be said."""
-    (here / "t.csv").write_text("a,b,kind\n" + "".join(f"{i},{i * i % 7},{i % 2}\n" for i in range(30)))
-    (here / "one.csv").write_text("a,kind\n" + "".join(f"{i},1\n" for i in range(30)))
-    (here / "text.csv").write_text("a,city,kind\n" + "".join(f"{i},Bern,{i % 2}\n" for i in range(30)))
-    (here / "cut.npz").write_bytes(b"PK\x03\x04cut")
-    (here / "busy").mkdir()
-    (here / "busy" / "thesis.tex").write_text("years of work")
+    (elsewhere / "t.csv").write_text("a,b,kind\n" + "".join(f"{i},{i * i % 7},{i % 2}\n" for i in range(30)))
+    (elsewhere / "one.csv").write_text("a,kind\n" + "".join(f"{i},1\n" for i in range(30)))
+    (elsewhere / "text.csv").write_text("a,city,kind\n" + "".join(f"{i},Bern,{i % 2}\n" for i in range(30)))
+    (elsewhere / "cut.npz").write_bytes(b"PK\x03\x04cut")
+    (elsewhere / "busy").mkdir()
+    (elsewhere / "busy" / "thesis.tex").write_text("years of work")
     return {
         "missing target": (["t.csv"], "choose one with --target: 'a', 'b', 'kind'"),
         "one class": (["one.csv", "--target", "kind"], "all 30 rows are of class 1"),
@@ -62,22 +56,22 @@ CASES = ["missing target", "one class", "text column", "few rows", "no file", "t
 CASES += ["unknown arm", "unknown model", "other files", "no permission", "no cluster", "bad rate"]
 
 
-def test_every_bad_call_is_tried(here):
-    assert list(bad_calls(here)) == CASES
+def test_every_bad_call_is_tried(elsewhere):
+    assert list(bad_calls(elsewhere)) == CASES
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_mistake_gets_one_sentence_and_exit_code_two(here, capsys, case):
-    words, message = bad_calls(here)[case]
-    before = sorted(here.rglob("*"))
+def test_a_mistake_gets_one_sentence_and_exit_code_two(elsewhere, capsys, case):
+    words, message = bad_calls(elsewhere)[case]
+    before = sorted(elsewhere.rglob("*"))
     assert cli.main(["compare", *SMALL, *words] if case != "bad rate" else ["compare", *words]) == 2
     out, said = capsys.readouterr()
     assert out == ""
     assert said.startswith("batchnorm: ")
     assert len(said.strip().splitlines()) == 1
     assert message in said
-    assert [f for f in sorted(here.rglob("*")) if "out" not in f.parts and "comparison" not in f.parts] == before
-    assert not (here / "comparison" / "report.html").exists()
+    assert [f for f in sorted(elsewhere.rglob("*")) if "out" not in f.parts and "comparison" not in f.parts] == before
+    assert not (elsewhere / "comparison" / "report.html").exists()
 
 
 @pytest.mark.parametrize(
@@ -91,6 +85,43 @@ def test_words_that_can_not_be_parsed_end_in_exit_code_two(words, capsys):
     assert "usage: batchnorm" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--learning-rates", "a,b"], "argument --learning-rates: must be numbers with commas between them, got 'a,b'"),
+        (["--image-size", "8"], "argument --image-size: must be width and height, as in 32x32, got '8'"),
+        (["--margins", "0.1"], "argument --margins: must be two positive numbers, as in 0.03,0.01, got '0.1'"),
+    ],
+)
+def test_an_argument_that_can_not_be_read_says_what_it_must_be(words, message, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["compare", "digits", *words])
+    assert message in capsys.readouterr().err
+
+
+def test_the_reports_command_makes_the_same_comparison(elsewhere, capsys):
+    """Its rates, arms and margins are those of the first, to the last digit."""
+    import json
+    import shlex
+
+    options = [
+        "--learning-rates",
+        "0.1234567",
+        "--arm",
+        "x y: norm=batch",
+        "--margins",
+        "0.5,0.2",
+        "--threshold",
+        "0.333",
+    ]
+    assert cli.main(["compare", "digits", *SMALL[2:], *options]) == 0
+    report = (elsewhere / "comparison" / "report.html").read_text()
+    command = html.unescape(re.search(r'<pre id="command">(.*?)</pre>', report, re.DOTALL)[1])
+    assert cli.main([*shlex.split(command)[1:], "--jobs", "1"]) == 0
+    assert json.loads((elsewhere / "comparison" / "comparison.json").read_text())["ran"] == 0
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize("verb", [[], ["compare"], ["summary"], ["bench"]])
 def test_help_fits_one_screen(verb, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
@@ -100,11 +131,11 @@ def test_help_fits_one_screen(verb, capsys, monkeypatch):
     assert len(capsys.readouterr().out.splitlines()) <= 45
 
 
-def test_summary_of_a_factory_with_weights(here, capsys):
+def test_summary_of_a_factory_with_weights(elsewhere, capsys):
     import torch
     from safetensors.torch import save_file
 
-    (here / "nets.py").write_text(
+    (elsewhere / "nets.py").write_text(
         "from torch import nn\nfrom batchnorm.torch import BatchNorm1d\n"
         "def small(): return nn.Sequential(nn.Flatten(), BatchNorm1d(784), nn.Linear(784, 10))\n"
     )
@@ -113,22 +144,22 @@ def test_summary_of_a_factory_with_weights(here, capsys):
         "1.running_var": torch.ones(784), "1.num_batches_tracked": torch.tensor(0),
         "2.weight": torch.zeros(10, 784), "2.bias": torch.zeros(10),
     }  # fmt: skip
-    save_file(tensors, here / "w.safetensors")
-    torch.save(tensors, here / "w.pt")
+    save_file(tensors, elsewhere / "w.safetensors")
+    torch.save(tensors, elsewhere / "w.pt")
     for weights in ("w.safetensors", "w.pt"):
         assert cli.main(["summary", "nets:small", "--input", "1,28,28", "--weights", weights]) == 0
         assert re.search(r"1 \(BatchNorm1d\) +\(None, 784\) +3,136 +1,568 +1,568", capsys.readouterr().out)
 
 
-def test_weights_that_would_run_code_are_refused(here, capsys):
+def test_weights_that_would_run_code_are_refused(elsewhere, capsys):
     import pickle
 
     class Evil:
         def __reduce__(self):
             return (open, ("/tmp/executed", "w"))
 
-    (here / "evil.pt").write_bytes(pickle.dumps(Evil()))
-    np.save(here / "other.npy", np.zeros(3))
+    (elsewhere / "evil.pt").write_bytes(pickle.dumps(Evil()))
+    np.save(elsewhere / "other.npy", np.zeros(3))
     for weights in ("evil.pt", "other.npy", "absent.safetensors"):
         assert cli.main(["summary", "torch.nn:Identity", "--weights", weights]) == 2
         said = capsys.readouterr().err

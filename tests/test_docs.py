@@ -8,7 +8,6 @@ import pkgutil
 import re
 import runpy
 import shlex
-import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -79,17 +78,6 @@ def name_of(page):
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=map(name_of, PAGES))
 pages_with_code = [page for page in PAGES if any(block.language == "python" for block in blocks_of(page))]
-
-
-@pytest.fixture
-def elsewhere(tmp_path, monkeypatch):
-    """A folder of its own to work in; modules that were imported from it are forgotten."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    yield tmp_path
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
-            del sys.modules[name]
 
 
 @pytest.mark.parametrize("page", pages_with_code, ids=map(name_of, pages_with_code))

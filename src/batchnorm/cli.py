@@ -5,13 +5,15 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import batchnorm
 from batchnorm.errors import BatchNormError
 from batchnorm.rooms import require
 
 __all__ = ["main"]
+
+T = TypeVar("T")
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -73,6 +75,7 @@ def _add_compare(verbs: Any) -> None:
     add("--steps", type=int, default=500, metavar="N", help="steps of each run (500)")
     add("--batch-size", type=int, default=64, metavar="N", help="rows a step (64)")
     add("--threshold", type=float, metavar="A", help="accuracy for 'steps to' (90 %% of the way to the best)")
+    add("--margins", type=_margins, metavar="A,B", help="log-loss and accuracy that would not matter (0.03,0.01)")
     add("--jobs", type=int, metavar="N", help="local processes (one a core)")
     add("--parallel", default="processes", metavar="HOW", help="processes, dask or ray (processes)")
     add("--cluster", metavar="ADDRESS", help="of the Dask or Ray cluster")
@@ -80,11 +83,13 @@ def _add_compare(verbs: Any) -> None:
 
 def _compare(given: argparse.Namespace) -> None:
     options = {key: value for key, value in vars(given).items() if key not in ("run", "arms", "arm")}
+    lab = require("batchnorm.lab", "lab")
     if options["learning_rates"] is None:
         del options["learning_rates"]
+    if given.margins:
+        options["margins"] = lab.Margins(*given.margins)
     if given.arms or given.arm:
         options["arms"] = [*(given.arms or ()), *given.arm]
-    lab = require("batchnorm.lab", "lab")
     found = lab.compare(options.pop("data"), progress=True, **options)
     _say(
         found.best.summary,
@@ -139,13 +144,27 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(word) for word in _words(text))
+    return _read(text, "numbers with commas between them", lambda: tuple(float(word) for word in _words(text)))
+
+
+def _margins(text: str) -> tuple[float, ...]:
+    numbers = _numbers(text)
+    if len(numbers) != 2 or min(numbers) <= 0:
+        raise argparse.ArgumentTypeError(f"must be two positive numbers, as in 0.03,0.01, got {text!r}")
+    return numbers
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in _words(text))
+    return _read(text, "sizes with commas between them", lambda: tuple(int(word) for word in _words(text)))
 
 
 def _size(text: str) -> tuple[int, int]:
     width, _, height = text.lower().partition("x")
-    return int(width), int(height)
+    return _read(text, "width and height, as in 32x32", lambda: (int(width), int(height)))
+
+
+def _read(text: str, what: str, convert: Callable[[], T]) -> T:
+    try:
+        return convert()
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}") from None

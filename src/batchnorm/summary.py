@@ -32,10 +32,11 @@ class Summary:
 
     def __str__(self) -> str:
         head = ("Layer (type)", "Output shape", "Params", "Trainable", "Statistics")
+        missing = "not called" if any(layer.output_shape for layer in self.layers) else "unknown"
         rows = [
             (
                 f"{layer.name} ({layer.kind})",
-                "not called" if layer.output_shape is None else _shape(layer.output_shape),
+                missing if layer.output_shape is None else _shape(layer.output_shape),
                 f"{layer.parameters:,}",
                 f"{layer.trainable:,}",
                 f"{layer.statistics:,}",

@@ -119,7 +119,21 @@ def test_what_is_declined_with_its_reason_and_left_alone(case):
 
 def test_norms_without_running_statistics_are_not_touched():
     network = nn.Sequential(nn.Linear(4, 3), BatchNorm1d(3, track_running_stats=False))
-    assert fold_chains(network) == ((), (), ())
+    assert fold_chains(network) == ((), ("1 (BatchNorm1d): it has no running statistics",), ())
+
+
+def test_every_norm_that_stays_is_listed():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = BatchNorm1d(3)
+
+    network = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.GroupNorm(1, 3), Own())
+    assert [line.split(":")[0] for line in fold_chains(network).kept] == [
+        "1 (LayerNorm)",
+        "2 (GroupNorm)",
+        "3.norm (BatchNorm1d)",
+    ]
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn", "resmlp"])

@@ -100,6 +100,13 @@ def test_the_best_network_is_the_one_of_the_table(small):
     assert best.before == (row["test_log_loss"], row["test_accuracy"])
 
 
+def test_arrays_are_repeated_by_a_call_in_python(tmp_path):
+    rng = np.random.default_rng(0)
+    options = {"arms": ["before"], "learning_rates": [0.1], "seeds": 1, "steps": 5, "jobs": 1, "batch_size": 8}
+    found = bn.compare((rng.normal(size=(60, 3)), np.arange(60) % 2), out=tmp_path / "o", **options)
+    assert "bn.compare((x, y), model=" in (found.out / "report.html").read_text()
+
+
 def test_without_an_output_folder_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = bn.compare("digits", arms=["none"], learning_rates=[0.1], seeds=1, steps=5, jobs=1)
@@ -144,10 +151,8 @@ def test_an_option_out_of_range_is_refused_before_anything_is_written(tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_network_with_the_wrong_number_of_logits(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    (tmp_path / "few.py").write_text("from torch import nn\ndef make(shape, classes, arm): return nn.Flatten()\n")
+def test_a_network_with_the_wrong_number_of_logits(elsewhere):
+    (elsewhere / "few.py").write_text("from torch import nn\ndef make(shape, classes, arm): return nn.Flatten()\n")
     with pytest.raises(OptionError, match=r"one logit for each class, \(64, 10\), got \(64, 64\)"):
         bn.compare("digits", model="few:make", **SMALL)
 

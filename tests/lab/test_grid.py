@@ -79,10 +79,8 @@ def test_no_cluster_is_said():
         grid.run(TASKS, RECIPE, DATA, parallel="threads")
 
 
-def test_a_worker_that_dies_is_said(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    (tmp_path / "deadly.py").write_text(
+def test_a_worker_that_dies_is_said(elsewhere):
+    (elsewhere / "deadly.py").write_text(
         "import os\nfrom torch import nn\n"
         "class Deadly(nn.Linear):\n    def forward(self, x): os._exit(9)\n"
         "def make(shape, classes, arm): return Deadly(3, classes)\n"

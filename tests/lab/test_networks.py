@@ -1,5 +1,3 @@
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -82,18 +80,14 @@ def test_standardize_measures_features_and_channels():
 
 
 @pytest.fixture
-def factories(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(
+def factories(elsewhere):
+    (elsewhere / "mine.py").write_text(
         "from torch import nn\n"
         "def good(shape, classes, arm): return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))\n"
         "def breaks(shape, classes, arm): raise RuntimeError('no such width')\n"
         "def wrong(shape, classes, arm): return 3\n"
         "def zero(): return nn.Identity()\n"
     )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    yield
-    sys.modules.pop("mine", None)
 
 
 @pytest.mark.usefixtures("factories")

@@ -48,6 +48,15 @@ def test_rows_survive_a_process_that_is_killed(tmp_path):
         assert store._rows.execute("SELECT count(*) FROM runs").fetchone() == (1,)
 
 
+def test_a_full_disk_is_said_and_what_was_there_is_kept(tmp_path):
+    with Store(tmp_path, EXPERIMENT) as store:
+        store.add(TASK, {"arm": "none"})
+        store._rows.execute("PRAGMA max_page_count = 1")
+        with pytest.raises(OutputError, match="database or disk is full; those before it are kept, make room"):
+            store.add(Task(ARMS["none"], 0.1, 1), {"arm": "none", "curve": [0.5] * 100_000})
+        assert store.missing([TASK]) == []
+
+
 def test_another_experiment_is_refused_with_what_differs(tmp_path):
     Store(tmp_path, EXPERIMENT).close()
     with pytest.raises(OutputError, match=r"another comparison \(steps 5 there, 6 here\): choose another --out"):

@@ -109,7 +109,20 @@ def fold_chains(network: nn.Module) -> Folding:
                 folded.append(f"{what} {place.direction} into {place.target.name}")
                 removed.append(link.name)
                 link.remove()
+    said = {line.split(" (")[0] for line in kept}
+    kept += [
+        f"{name} ({type(m).__name__}): {_why(m)}" for name, m in network.named_modules() if _why(m) and name not in said
+    ]
     return Folding(tuple(folded), tuple(kept), tuple(removed))
+
+
+def _why(module: nn.Module) -> str:
+    """Return why a normalization that is still there could not be folded; empty for other modules."""
+    if isinstance(module, nn.LayerNorm | nn.GroupNorm):
+        return "its statistics are those of each row, so it is no fixed map"
+    if isinstance(module, _BatchNorm):
+        return "it stands in no chain" if _affine_of(module) else "it has no running statistics"
+    return ""
 
 
 def _bound(network: nn.Module) -> dict[nn.Module, str]:

@@ -14,6 +14,7 @@ from batchnorm.lab.readers import Raw, read_digits, read_file, read_folder
 
 __all__ = ["Dataset", "Split", "load_data"]
 
+ARRAYS = "arrays"
 MOST_CLASSES = 1000
 FEWEST_IN_CLASS = 5
 
@@ -102,7 +103,7 @@ def load_data(
     if isinstance(source, Dataset):
         return source
     if isinstance(source, tuple):
-        name, raw = "arrays", Raw(*(np.asarray(v) for v in source))
+        name, raw = ARRAYS, Raw(*(np.asarray(v) for v in source))
     else:
         name, raw = str(source), _read(str(source), target, drop, image_size)
     return _checked(name, raw)

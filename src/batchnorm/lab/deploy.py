@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -141,6 +142,9 @@ def load_model(path: str | Path) -> nn.Module:
 
 def _save_onnx(deployed: Deployed, path: Path, x: np.ndarray) -> dict[str, Any]:
     import onnx
+
+    # its telemetry starts with the import
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
     with _quiet_exporter():

@@ -15,7 +15,7 @@ import torch
 
 from batchnorm.errors import DataError, OptionError
 from batchnorm.lab.arms import ARMS, Arm
-from batchnorm.lab.data import Dataset
+from batchnorm.lab.data import ARRAYS, Dataset
 from batchnorm.lab.networks import NETWORKS, build, factory_of
 from batchnorm.lab.train import Recipe, Task
 from batchnorm.lab.verdicts import Margins
@@ -74,20 +74,23 @@ class Plan:
         }
 
     def command(self, folder: Path) -> str:
-        """Return the command line that makes this comparison again."""
+        """Return the command line that makes this comparison again; a call in Python where the data came as arrays."""
+        arms = [arm.name if ARMS.get(arm.name) == arm else str(arm) for arm in self.arms]
+        recipe = self.recipe
+        if self.data.source == ARRAYS:
+            options = (
+                f"model={recipe.model!r}, arms={arms}, learning_rates={list(self.rates)}, seeds={len(self.seeds)}, "
+            )
+            options += f"steps={recipe.steps}, batch_size={recipe.batch_size}, out={str(folder)!r}"
+            return f"bn.compare((x, y), {options}, margins={self.margins}, threshold={self.threshold})"
         words = ["batchnorm", "compare", self.data.source, *self.source_options]
-        words += ["--out", str(folder), "--model", self.recipe.model]
-        for arm in self.arms:
-            words += ["--arm", arm.name if ARMS.get(arm.name) == arm else str(arm)]
-        words += [
-            "--learning-rates",
-            ",".join(f"{rate:g}" for rate in self.rates),
-            "--seeds",
-            str(len(self.seeds)),
-        ]
-        words += ["--steps", str(self.recipe.steps), "--batch-size", str(self.recipe.batch_size)]
-        if self.threshold is not None:
-            words += ["--threshold", f"{self.threshold:g}"]
+        words += ["--out", str(folder), "--model", recipe.model]
+        for arm in arms:
+            words += ["--arm", arm]
+        words += ["--learning-rates", ",".join(map(str, self.rates)), "--seeds", str(len(self.seeds))]
+        words += ["--steps", str(recipe.steps), "--batch-size", str(recipe.batch_size)]
+        words += [] if self.threshold is None else ["--threshold", str(self.threshold)]
+        words += [] if self.margins == Margins() else ["--margins", f"{self.margins.log_loss},{self.margins.accuracy}"]
         return shlex.join(words)
 
 

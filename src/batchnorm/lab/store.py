@@ -58,8 +58,14 @@ class Store:
 
     def add(self, task: Task, row: dict[str, Any]) -> None:
         """Write a row, durably: when this returns, it survives the death of the process."""
-        with self._rows:
-            self._rows.execute("INSERT OR REPLACE INTO runs VALUES (?, ?)", (_key(task), json.dumps(row)))
+        try:
+            with self._rows:
+                self._rows.execute("INSERT OR REPLACE INTO runs VALUES (?, ?)", (_key(task), json.dumps(row)))
+        except sqlite3.Error as error:
+            raise OutputError(
+                f"a finished run can't be written to {self.folder}: {error}; those before it are kept, make room and "
+                "start the same command again"
+            ) from error
 
     def rows(self, tasks: Iterable[Task]) -> list[dict[str, Any]]:
         """Return the rows of these tasks, in their order."""

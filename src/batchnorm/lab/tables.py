@@ -3,6 +3,7 @@
 import math
 
 from batchnorm.lab.verdicts import ArmResult, Estimate, Evidence
+from batchnorm.lab.words import span
 
 __all__ = ["results_table"]
 
@@ -20,14 +21,13 @@ def results_table(evidence: Evidence) -> str:
 
 def cells(result: ArmResult) -> tuple[str, ...]:
     """Return the cells of an arm's row."""
-    usable = "none" if not result.usable else f"{result.usable[0]:g} … {result.usable[-1]:g}"
     return (
         result.arm.name,
         f"{result.learning_rate:g}",
         _interval(result.log_loss, 1, 4),
         _interval(result.accuracy, 100, 2),
         f"{result.steps:.0f}" if math.isfinite(result.steps) else "never",
-        f"{usable} ({len(result.usable)} of {len(result.rates)})",
+        f"{span(result.usable)} ({len(result.usable)} of {len(result.rates)})",
     )
 
 

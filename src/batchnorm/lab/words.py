@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-__all__ = ["Finding", "Side", "describe", "headline"]
+__all__ = ["Finding", "Side", "describe", "headline", "span"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ def _steps(f: Finding) -> str:
 
 
 def _usable(f: Finding) -> str:
-    spans = f"{_span(f.better.usable)} against {_span(f.other.usable)}"
+    spans = f"{span(f.better.usable)} against {span(f.other.usable)}"
     if not f.decided:
         return f"{f.better} and {f.other}: undecided which works at more learning rates ({spans})"
     return f"{f.better} works at more learning rates than {f.other}: {spans}"
@@ -132,7 +132,8 @@ def _count(steps: float) -> str:
     return f"{steps:.0f}" if math.isfinite(steps) else "more than all"
 
 
-def _span(usable: tuple[float, ...]) -> str:
+def span(usable: tuple[float, ...]) -> str:
+    """Return a stretch of learning rates in words."""
     if len(usable) < 2:
         return f"{usable[0]:g} only" if usable else "none"
     return f"{usable[0]:g} to {usable[-1]:g}"
