@@ -33,7 +33,9 @@ class CompareBench:
     file: Path
 
     def __str__(self) -> str:
-        full, pairs, growth = self.facts["full"], self.facts["jobs"], self.facts["growth"]
+        pairs, growth = self.facts["jobs"], self.facts["growth"]
+        both = [pair["2"] for pair in pairs]
+        wall, training = (median(run[key] for run in both) for key in ("wall", "seconds"))
         one, two = (median(pair[jobs]["seconds"] for pair in pairs) for jobs in ("1", "2"))
         counts, seconds = zip(*((point["runs"], point["seconds"]) for point in growth), strict=True)
         slope, start = np.polyfit(counts, seconds, 1)
@@ -41,11 +43,12 @@ class CompareBench:
         ratios = [pair["1"]["seconds"] / pair["2"]["seconds"] for pair in pairs]
         spread = (max(ratios) - min(ratios)) / median(ratios)
         lines = [
-            f"whole comparison, {full['runs']} runs, 2 jobs: {full['wall']:.1f} s, of which {full['seconds']:.1f} s training",
-            f"2 jobs against 1, {pairs[0]['1']['runs']} runs, {len(pairs)} interleaved pairs: {median(ratios):.2f}× "
+            f"whole comparison, {both[0]['runs']} runs, 2 jobs: {wall:.1f} s, of which {training:.1f} s training",
+            f"training with 2 jobs against 1, {len(pairs)} interleaved pairs: {median(ratios):.2f}× "
             f"({min(ratios):.2f} to {max(ratios):.2f}; {one:.1f} s and {two:.1f} s)",
             f"time by number of runs, 1 job: {slope:.3f} s a run + {start:.2f} s, off the line by {100 * worst:.1f} % at most",
-            f"most memory of a worker: {full['worker_memory_mb']:.0f} MB; threads of a worker: {full['worker_threads']}",
+            f"most memory of a worker: {max(run['worker_memory_mb'] for run in both):.0f} MB; "
+            f"threads of a worker: {max(run['worker_threads'] for run in both)}",
             f"raw values: {self.file}",
         ]
         if spread > UNSTABLE_SPREAD:
@@ -60,9 +63,7 @@ def run(out: Path, *, quick: bool = False) -> CompareBench:
     """Measure `batchnorm.compare` on digits and keep every raw value as JSON in ``out``."""
     options, seeds, pairs, growth = QUICK if quick else FULL
     facts: dict[str, Any] = {"machine": describe(), "date": datetime.datetime.now(datetime.UTC).isoformat()}
-    facts["full"] = _compare(seeds, 2, options)
-    few = [*options, "--learning-rates", "0.03,0.1,0.3"]
-    facts["jobs"] = [{str(jobs): _compare(seeds, jobs, few) for jobs in (1, 2)} for _ in range(pairs)]
+    facts["jobs"] = [{str(jobs): _compare(seeds, jobs, options) for jobs in (1, 2)} for _ in range(pairs)]
     facts["growth"] = [_compare(n, 1, [*options, "--learning-rates", "0.1"]) for n in growth]
     out.mkdir(parents=True, exist_ok=True)
     file = out / "compare.json"
