@@ -3,12 +3,13 @@
 import sys
 from collections.abc import Iterable
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from batchnorm.errors import MissingDependencyError
 
-__all__ = ["open_lazily", "require"]
+__all__ = ["import_named", "open_lazily", "require"]
 
 
 def require(room: str, extra: str) -> Any:
@@ -23,6 +24,14 @@ def require(room: str, extra: str) -> Any:
         raise MissingDependencyError(
             f"{room} needs the package {error.name!r}, which is not installed: pip install 'batchnorm[{extra or 'all'}]'"
         ) from error
+
+
+def import_named(spec: str) -> Any:
+    """Return what ``package.module:name`` names; modules in the current folder are found."""
+    module, _, name = spec.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    return getattr(import_module(module), name)
 
 
 def open_lazily(package: str, public: dict[str, tuple[str, str]]) -> None:

@@ -91,7 +91,8 @@ def fold_chains(network: nn.Module) -> Folding:
     ``W' = W · scale`` per input channel, ``b' = b + W · shift``; into a convolution only where it pads nothing, since a zero
     after the norm is not a zero before it.
     """
-    folded, kept, removed = [], [], []
+    folded, removed = [], []
+    kept: dict[str, str] = {}
     bound = _bound(network)
     for chain in _chains(network):
         for i, link in enumerate(chain):
@@ -101,19 +102,18 @@ def fold_chains(network: nn.Module) -> Folding:
             place = _backward(chain, i) or _forward(chain, i, affine)
             what = f"{link.name} ({type(link.module).__name__})"
             if isinstance(place, str):
-                kept.append(f"{what}: {place}")
+                kept[link.name] = f"{what}: {place}"
             elif tied := next((end for end in (link, place.target) if end.module in bound), None):
-                kept.append(f"{what}: {tied.name} {bound[tied.module]}")
+                kept[link.name] = f"{what}: {tied.name} {bound[tied.module]}"
             else:
                 _absorb(place.target.module, affine, place.direction)
                 folded.append(f"{what} {place.direction} into {place.target.name}")
                 removed.append(link.name)
                 link.remove()
-    said = {line.split(" (")[0] for line in kept}
-    kept += [
-        f"{name} ({type(m).__name__}): {_why(m)}" for name, m in network.named_modules() if _why(m) and name not in said
-    ]
-    return Folding(tuple(folded), tuple(kept), tuple(removed))
+    for name, module in network.named_modules():
+        if reason := _why(module):
+            kept.setdefault(name, f"{name} ({type(module).__name__}): {reason}")
+    return Folding(tuple(folded), tuple(kept.values()), tuple(removed))
 
 
 def _why(module: nn.Module) -> str:

@@ -13,7 +13,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from batchnorm.lab.verdicts import ArmResult, Evidence, Verdict
+from batchnorm.lab.verdicts import ArmResult, Evidence, Verdict, runs_at_best
 
 __all__ = ["activations", "differences", "learning_curves", "loss_by_rate"]
 
@@ -51,9 +51,7 @@ def learning_curves(rows: Sequence[dict[str, Any]], evidence: Evidence) -> str:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for i, result in enumerate(evidence.results):
-            curves = [
-                r["curve"] for r in rows if r["arm"] == result.arm.name and r["learning_rate"] == result.learning_rate
-            ]
+            curves = [run["curve"] for run in runs_at_best(rows, result)]
             steps = [point[0] for point in max(curves, key=len)]
             values = np.full((len(curves), len(steps)), np.nan)
             for k, curve in enumerate(curves):
@@ -170,8 +168,7 @@ def _plain_numbers(axis: Axis) -> None:
 
 def _row_of(rows: Sequence[dict[str, Any]], result: ArmResult) -> dict[str, Any]:
     """Return the run of an arm at its best rate whose seed did best."""
-    wanted = (result.arm.name, result.learning_rate, result.best_seed)
-    return next(row for row in rows if (row["arm"], row["learning_rate"], row["seed"]) == wanted)
+    return next(run for run in runs_at_best(rows, result) if run["seed"] == result.best_seed)
 
 
 def _svg(title: str, draw: Any, size: tuple[float, float]) -> str:

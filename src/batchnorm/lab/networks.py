@@ -1,12 +1,9 @@
 """The networks that are compared: the same for every arm but for what the arm declares."""
 
-import importlib
 import inspect
 import math
-import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +12,7 @@ from torch import nn
 from batchnorm.errors import OptionError
 from batchnorm.lab.arms import Arm
 from batchnorm.moments import Moments
+from batchnorm.rooms import import_named
 from batchnorm.torch import BatchNorm1d, BatchNorm2d
 
 __all__ = ["ACTIVATIONS", "NETWORKS", "Standardize", "build", "factory_of", "hidden"]
@@ -168,15 +166,12 @@ def factory_of(model: str) -> Factory:
     """
     if model in NETWORKS:
         return NETWORKS[model]
-    module, colon, name = model.partition(":")
-    if not colon:
+    if ":" not in model:
         raise OptionError(
             f"unknown model {model!r}: choose from {', '.join(NETWORKS)}, or name your own as package.module:factory"
         )
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     try:
-        factory: Any = getattr(importlib.import_module(module), name)
+        factory: Any = import_named(model)
     except (ImportError, AttributeError) as error:
         raise OptionError(f"model {model!r} can't be loaded: {error}") from error
     try:
@@ -198,7 +193,7 @@ def _norm(arm: Arm, features: int, images: bool) -> nn.Module | None:
     if arm.norm == "batch":
         return BatchNorm2d(features) if images else BatchNorm1d(features)
     if arm.norm == "group":
-        return nn.GroupNorm(math.gcd(features, 8) if features % 8 == 0 else math.gcd(features, 10), features)
+        return nn.GroupNorm(8 if features % 8 == 0 else math.gcd(features, 10), features)
     if arm.norm == "layer":
         return nn.GroupNorm(1, features) if images else nn.LayerNorm(features)
     return None

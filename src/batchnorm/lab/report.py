@@ -15,7 +15,7 @@ from batchnorm.lab import figures
 from batchnorm.lab.plan import Plan
 from batchnorm.lab.results import Comparison
 from batchnorm.lab.tables import cells
-from batchnorm.lab.verdicts import Evidence
+from batchnorm.lab.verdicts import Evidence, runs_at_best
 
 __all__ = ["write_report"]
 
@@ -66,7 +66,7 @@ def _drift(rows: Sequence[dict[str, Any]], evidence: Evidence) -> list[tuple[str
     """Return for each arm the mean drift of its activation layers over the seeds, at the best rate."""
     table = []
     for result in evidence.results:
-        runs = [r["units"] for r in rows if r["arm"] == result.arm.name and r["learning_rate"] == result.learning_rate]
+        runs = [run["units"] for run in runs_at_best(rows, result)]
         layers = []
         for layer in zip(*runs, strict=False):
             known = [unit["drift"] for unit in layer if unit["drift"] is not None]

@@ -12,7 +12,7 @@ from batchnorm.lab import words
 from batchnorm.lab.arms import Arm
 from batchnorm.lab.statistics import SignFlip, holm, mean_interval, sign_test, smallest_p
 
-__all__ = ["ArmResult", "Estimate", "Evidence", "Margins", "Verdict", "analyse"]
+__all__ = ["ArmResult", "Estimate", "Evidence", "Margins", "Verdict", "analyse", "runs_at_best"]
 
 Row = dict[str, Any]
 LEVEL = 0.05
@@ -138,6 +138,11 @@ class Evidence:
     threshold: float
     headline: str
     notes: tuple[str, ...]
+
+
+def runs_at_best(rows: Sequence[Row], result: ArmResult) -> list[Row]:
+    """Return the runs of an arm at its best learning rate."""
+    return [row for row in rows if (row["arm"], row["learning_rate"]) == (result.arm.name, result.learning_rate)]
 
 
 def analyse(

@@ -1,8 +1,6 @@
 """Load a torch model that a command line names; nothing in a file is executed or unpickled into code."""
 
-import importlib
 import pickle
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ import torch
 from torch import nn
 
 from batchnorm.errors import DataError, OptionError
+from batchnorm.rooms import import_named
 
 __all__ = ["load_model"]
 
@@ -29,13 +28,10 @@ def load_model(spec: str, weights: Path | None = None) -> nn.Module:
         >>> load_model("torch.nn:Identity")
         Identity()
     """
-    module, colon, name = spec.partition(":")
-    if not colon:
+    if ":" not in spec:
         raise OptionError(f"a model is named as package.module:factory, got {spec!r}")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     try:
-        model: Any = getattr(importlib.import_module(module), name)()
+        model: Any = import_named(spec)()
     except Exception as error:
         raise OptionError(f"{spec} must make a model, but failed: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
