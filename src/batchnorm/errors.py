@@ -2,12 +2,15 @@
 
 __all__ = [
     "BatchNormError",
+    "BatchNormWarning",
+    "ChannelError",
     "DataError",
     "MissingDependencyError",
     "NotInvertibleError",
     "OptionError",
     "OutputError",
     "ShapeError",
+    "TransformError",
     "VerificationError",
     "WorkerError",
 ]
@@ -34,6 +37,10 @@ class ShapeError(BatchNormError, ValueError):
     """Arrays do not fit each other or the axes they are normalized over."""
 
 
+class ChannelError(BatchNormError, RuntimeError):
+    """An input has another number of channels than the layer (a ``RuntimeError``, as in torch)."""
+
+
 class DataError(BatchNormError, ValueError):
     """A data set can't be read, or can't be learned from."""
 
@@ -50,9 +57,17 @@ class MissingDependencyError(BatchNormError, ImportError):
     """A part of the library needs a package that is not installed."""
 
 
+class TransformError(BatchNormError, RuntimeError):
+    """A ``torch.func`` transform runs over running statistics that it may not write to."""
+
+
 class WorkerError(BatchNormError, RuntimeError):
     """A worker process died before its run was finished."""
 
 
 class VerificationError(BatchNormError, RuntimeError):
     """A result did not agree with what it was derived from, and was not written."""
+
+
+class BatchNormWarning(UserWarning):
+    """Something was left out so that nothing else was harmed; said once for each layer."""

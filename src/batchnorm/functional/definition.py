@@ -303,9 +303,18 @@ def batch_norm_inference_backward(
 
 
 def update_running(
-    running_mean: Array, running_var: Array, moments: Moments, *, decay: float = 0.9, unbiased: bool = True
+    running_mean: Array,
+    running_var: Array,
+    moments: Moments,
+    *,
+    decay: float = 0.9,
+    unbiased: bool = True,
+    total_variance: bool = False,
 ) -> tuple[Array, Array]:
     """Move running statistics towards those of a batch: ``new = decay · old + (1 - decay) · batch``.
+
+    ``total_variance`` adds what an average of variances leaves out, the variance between the batches' means:
+    ``decay · (1 - decay) · (batch mean - old mean)²``. It is then the moving ``E[x²] - E[x]²``, without the cancellation.
 
     A batch without values changes nothing. One value says nothing about an unbiased variance, which then stays as it was.
 
@@ -315,6 +324,7 @@ def update_running(
         moments: of the batch.
         decay: weight of the past.
         unbiased: use ``m2 / (count - 1)`` (torch) or ``m2 / count`` (Keras, Flax).
+        total_variance: keep the variance within and between batches.
 
     Returns:
         The new running mean and variance, in the dtypes of the old ones.
@@ -328,6 +338,8 @@ def update_running(
     batch_var = moments.unbiased_variance if unbiased else moments.variance
     mean = decay * widen(running_mean) + (1 - decay) * moments.mean
     var = decay * widen(running_var) + (1 - decay) * batch_var
+    if total_variance:
+        var = var + decay * (1 - decay) * (moments.mean - widen(running_mean)) ** 2
     return (
         where(moments.count > 0, xp.astype(mean, running_mean.dtype), running_mean),
         where(moments.count > int(unbiased), xp.astype(var, running_var.dtype), running_var),

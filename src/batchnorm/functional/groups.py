@@ -6,7 +6,7 @@ from typing import NamedTuple
 from batchnorm.arrays import Array, expand, namespace, reduced_axes, widen
 from batchnorm.errors import OptionError, ShapeError
 
-__all__ = ["Axes", "Batch", "ghost_batches", "groups", "only_valid"]
+__all__ = ["Axes", "Batch", "ghost_batches", "groups", "only_valid", "valid_weights"]
 
 Axes = str | int | Sequence[int]
 
@@ -35,7 +35,7 @@ def groups(
     if virtual_batch_size is not None and 0 not in reduced:
         raise OptionError(f"virtual_batch_size cuts axis 0, so axis 0 must be in axes, got axes {reduced}")
     # also out of the graph of derivatives: a NaN in the padding must not come back as 0 · NaN
-    wide, weight = only_valid(widen(x), mask, reduced), _weights(x, reduced, mask, sample_weight)
+    wide, weight = only_valid(widen(x), mask, reduced), valid_weights(x, reduced, mask, sample_weight)
     if virtual_batch_size is None:
         return [Batch(wide, weight, reduced)]
     return [
@@ -64,7 +64,7 @@ def ghost_batches(samples: int, size: int | None) -> list[slice]:
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], samples], strict=True)]
 
 
-def _weights(x: Array, axes: tuple[int, ...], mask: Array | None, sample_weight: Array | None) -> Array | None:
+def valid_weights(x: Array, axes: tuple[int, ...], mask: Array | None, sample_weight: Array | None) -> Array | None:
     """Return mask times weights, of full size along the reduced axes and of size 1 along the others."""
     wide = widen(x[:0]).dtype
     weight = None if mask is None else namespace(x).astype(_over_axes(mask, x, axes, "mask"), wide)

@@ -1,63 +1,306 @@
-"""Drop-in layers: subclasses of torch's own, with the same ``state_dict``, running on ATen's kernels."""
+"""Drop-in layers: subclasses of torch's own, with the same ``state_dict``, that also do what those can't."""
 
-from torch import nn
+from typing import Any
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+import torch
+from torch import Tensor, fx, nn
+
+from batchnorm.errors import BatchNormError, ChannelError, OptionError, ShapeError
+from batchnorm.functional import batch_norm_example_inference, ghost_batches
+from batchnorm.moments import Moments
+from batchnorm.torch import ops
+from batchnorm.torch.naming import describe
+from batchnorm.torch.options import ACTIVATIONS, Options
+from batchnorm.torch.tracking import Tracking, recomputing
+from batchnorm.torch.weights import Weights
+
+__all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
 
-class BatchNorm1d(nn.BatchNorm1d):
+class BatchNorm(Tracking):
+    """What the three layers share; see `BatchNorm1d` for arguments and equations."""
+
+    num_features: int
+    eps: float
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    # nothing is switched on: one kernel call does everything
+    _plain: bool = True
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: Any = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)  # type: ignore[call-arg]
+        self.configure(options)
+
+    def configure(self, given: dict[str, Any]) -> None:
+        """Set options, given by name; the others keep their values."""
+        options = Options.read({**self.options.changed(), **given})
+        options.check(track_running_stats=self.track_running_stats, momentum=self.momentum)
+        self.options = options
+        self._make_state()
+        self.settle()
+
+    def settle(self) -> None:
+        """Choose the short way where nothing is switched on."""
+        special = self.options.changed() or self.frozen_statistics or self.domain or self.is_collecting
+        self._plain = not special and (self.momentum is None or isinstance(self.momentum, int | float))
+
+    def extra_repr(self) -> str:
+        """Add the options that are switched on to torch's own description."""
+        parts = [super().extra_repr(), *(f"{name}={value!r}" for name, value in self.options.changed().items())]
+        return ", ".join([*parts, *(["frozen_statistics=True"] if self.frozen_statistics else [])])
+
+    def reset_running_stats(self) -> None:
+        """Forget the running statistics, those of the domains and the count of skipped batches too."""
+        super().reset_running_stats()  # type: ignore[misc]
+        self._skipped = None if self._skipped is None else torch.zeros_like(self._skipped)
+        for domain in self.options.domains:
+            for name, fresh in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
+                self.get_buffer(f"{name}_{domain}").fill_(fresh)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        residual: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Return ``activation(normalize(x) + residual)``.
+
+        Args:
+            x: ``(N, C, *spatial)``.
+            mask: bool, ``(N, *spatial)`` or broadcastable to it, true where a value is valid. Other places count for nothing,
+                get the output 0 and the gradient 0.
+            sample_weight: frequencies, ``(N,)`` or ``(N, *spatial)``.
+            residual: added before the activation, the shape of ``x``.
+            lengths: ``(N,)``, number of valid places at the start of the last axis; another way to say ``mask``.
+
+        Raises:
+            ShapeError: an input or argument of another shape, or one value a channel in training (a ``ValueError``).
+            ChannelError: another number of channels (a ``RuntimeError``).
+            OptionError: weights or lengths that can't be, γ that is not finite.
+        """
+        if isinstance(x, fx.Proxy):
+            return self._leaf_of(x, mask=mask, sample_weight=sample_weight, residual=residual, lengths=lengths)
+        self._check_input_dim(x)
+        if self._plain and mask is None and sample_weight is None and residual is None and lengths is None:
+            y = self._forward_plain(x)
+            if y is not None:
+                return y
+        try:
+            return self._forward(x, Weights.read(x, mask, sample_weight, lengths), residual)
+        except BatchNormError as error:
+            error.args = (f"{describe(self)}: {error}",)
+            raise
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        try:
+            super()._check_input_dim(x)  # type: ignore[misc]
+        except ValueError as error:
+            raise ShapeError(f"{error}, in {describe(self)}") from None
+
+    def _leaf_of(self, x: Any, **arguments: Any) -> Any:
+        """Show symbolic tracing one leaf, which it knows torch's own layers to be."""
+        given = {name: v for name, v in arguments.items() if v is not None}
+        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), given)
+
+    def _forward_plain(self, x: Tensor) -> Tensor | None:
+        """Do it in one call of ATen's; ``None`` where that is not exact, not possible or not right."""
+        if not ops.is_eager(x) or x.shape[1] != self.num_features or x.numel() == 0:
+            return None
+        # a dict is quicker to ask than a module; parametrizations and pruning take the name out of it
+        parameters, buffers = self._parameters, self._buffers
+        weight = parameters["weight"] if "weight" in parameters else self.weight
+        bias = parameters["bias"] if "bias" in parameters else self.bias
+        mean, var, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+        if mean is None or var is None or batches is None:
+            return None
+        if not self.training:
+            return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, self.eps, False)
+        if x.numel() == x.shape[1]:
+            return None
+        again = recomputing()
+        if again:
+            # the same kernel as the first time, on copies: what it saves must match
+            mean, var = mean.clone(), var.clone()
+        momentum = 1 / (batches.item() + 1) if self.momentum is None else self.momentum
+        y = ops.normalize_in_place(x, weight, bias, mean, var, momentum, self.eps)
+        if y is not None and not again:
+            batches.add_(1)
+        return y
+
+    def _forward(self, x: Tensor, weights: Weights, residual: Tensor | None) -> Tensor:
+        self._check_values(x, residual)
+        if x.numel() == 0:
+            y = self._normalize_nothing(x)
+        elif not self.normalizes_by_batch():
+            y = self._evaluate(x, weights)
+        else:
+            y = self._normalize_batch(x, weights)
+        if residual is not None:
+            y = y + residual
+        if self.options.activation is not None:
+            y = ACTIVATIONS[self.options.activation](y)
+        return weights.only_valid(y)
+
+    def _check_values(self, x: Tensor, residual: Tensor | None) -> None:
+        if x.shape[1] != self.num_features:
+            raise ChannelError(
+                f"the input must have {self.num_features} channels on axis 1, running_mean should contain "
+                f"{x.shape[1]} elements not {self.num_features} for an input of shape {tuple(x.shape)}"
+            )
+        if residual is not None and residual.shape != x.shape:
+            raise ShapeError(
+                f"residual must have the shape of the input, {tuple(x.shape)}, got {tuple(residual.shape)}"
+            )
+        if ops.is_eager(x) and self.weight is not None and not bool(torch.isfinite(self.weight).all()):
+            raise OptionError("γ must be finite, it holds inf or NaN: go back to a checkpoint and lower the learning rate")
+
+    def _normalize_nothing(self, x: Tensor) -> Tensor:
+        """Return an empty output whose gradients are zero and not missing."""
+        y = x * 1
+        for v in (self.weight, self.bias):
+            y = y if v is None else y + v.sum().to(x.dtype)
+        return y
+
+    def _evaluate(self, x: Tensor, weights: Weights) -> Tensor:
+        mean, var, _ = self.running()
+        if self.options.example_weight == 0:
+            y = torch.batch_norm(
+                x, self.weight, self.bias, mean, var, False, 0.0, self.eps, torch.backends.cudnn.enabled
+            )
+        else:
+            y = batch_norm_example_inference(
+                x, mean, var, self.weight, self.bias,
+                example_weight=self.options.example_weight, eps=self.eps, weight=weights.over_places(x),
+            )  # fmt: skip
+        return weights.only_valid(y)
+
+    def _normalize_batch(self, x: Tensor, weights: Weights) -> Tensor:
+        valid = weights.valid_places(x)
+        if valid == 1:
+            return self._normalize_single(x, weights)
+        if self.options.virtual_batch_size is not None and not weights:
+            size = self.options.virtual_batch_size
+            parts = [self._normalize_group(x[part], weights) for part in ghost_batches(len(x), size)]
+            y = torch.cat([y for y, _ in parts]) if len(parts) > 1 else parts[0][0]
+            moments = Moments.empty().merge(*(moments for _, moments in parts))
+        else:
+            y, moments = self._normalize_group(x, weights)
+        if valid != 0:
+            self.observe(moments)
+        return y
+
+    def _normalize_group(self, x: Tensor, weights: Weights) -> tuple[Tensor, Moments]:
+        renorm = self.options.renorm if self.training and self._buffers["running_mean"] is not None else None
+        state = None
+        if renorm is not None:
+            batches = self.running()[2]
+            state = self.remember(x, renorm.bounds(int(batches)))  # type: ignore[arg-type]
+        if weights:
+            return ops.normalize_weighted(
+                x, self.weight, self.bias, self.eps, mask=weights.mask, sample_weight=weights.sample_weight,
+                virtual_batch_size=self.options.virtual_batch_size,
+                running=(None, None) if state is None else state[:2], renorm=None if state is None else state[2],
+            )  # fmt: skip
+        if state is not None:
+            return ops.renormalize(x, self.weight, self.bias, self.eps, state[:2], state[2])
+        return ops.normalize(x, self.weight, self.bias, self.eps)
+
+    def _normalize_single(self, x: Tensor, weights: Weights) -> Tensor:
+        """Normalize the only value of each channel, which has no spread, as ``on_single`` says; no statistic moves."""
+        if self.options.on_single == "error":
+            # torch's own words first: programs look for them
+            raise ShapeError(
+                f"Expected more than 1 value per channel when training, got input size {x.size()}: give a larger batch "
+                "(a DataLoader's drop_last=True), or on_single='running' or 'skip' to the layer"
+            )
+        if self.options.on_single == "running":
+            return self._evaluate(x, weights)
+        return ops.normalize_weighted(
+            x, self.weight, self.bias, self.eps, mask=weights.mask, sample_weight=weights.sample_weight
+        )[0]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Give TorchScript torch's own layer, where that does the same."""
+        from batchnorm.torch.surgery import as_torchs
+
+        return as_torchs(self)
+
+
+class BatchNorm1d(BatchNorm, nn.BatchNorm1d):
     """Normalize each feature over the batch, and over the sequence where there is one.
 
     ::
 
-        training:    y = γ · (x - μ_B) / √(σ²_B + ε) + β       running = (1 - momentum) · running + momentum · batch
-        evaluation:  y = γ · (x - running_mean) / √(running_var + ε) + β
+        training:    y = activation(γ · (x - μ_B) / √(σ²_B + ε) + β + residual)       running = (1 - w) · running + w · batch
+        evaluation:  y = activation(γ · (x - running_mean) / √(running_var + ε) + β + residual)
 
     The batch is normalized with its biased variance; the running variance is the unbiased one. Checkpoints of
-    ``torch.nn.BatchNorm1d`` load, and the other way round.
+    ``torch.nn.BatchNorm1d`` load, and the other way round. With no option given, outputs, gradients and statistics are
+    torch's; a batch with inf or NaN does not reach the running statistics, and activation checkpointing counts once.
 
     Args:
         num_features: C, of an input ``(N, C)`` or ``(N, C, L)``.
         eps: added to the variance under the root.
-        momentum: weight of the new batch in the running statistics; ``None`` averages all batches alike.
+        momentum: weight ``w`` of the new batch in the running statistics; ``None`` averages all batches alike; a callable
+            gets the number of batches so far and returns the weight.
         affine: learn γ and β.
         track_running_stats: keep running statistics; without them evaluation uses the batch too.
         device: of the parameters and statistics.
         dtype: of the parameters and statistics.
         bias: learn β beside γ.
+        activation: applied last: relu, relu6, leaky_relu, silu, gelu, hardswish, sigmoid or tanh.
+        virtual_batch_size: normalize ghost batches of this many samples each; a last one of a single sample joins its
+            neighbour.
+        renorm: batch renormalization: True, or a dict of the fields of `RenormSchedule`.
+        on_single: one value a channel in training is an ``"error"``, is normalized by the ``"running"`` statistics, or by
+            itself (``"skip"``); the last two leave the statistics alone.
+        unbiased: keep the unbiased running variance, as torch does; False keeps the biased one, as Keras does.
+        debias: take the initial mean 0 and variance 1 out of the running statistics, from the first step on.
+        total_variance: keep the variance between batches in the running variance too.
+        example_weight: share of an example's own statistics in evaluation (needs spatial axes).
+        domains: names of further running statistics, with the same γ and β; chosen by `domain`.
 
     Raises:
-        ValueError: an input of another rank, or one value a channel in training.
+        ShapeError: an input of another rank, or one value a channel in training (a ``ValueError``).
+        ChannelError: another number of channels (a ``RuntimeError``).
+        OptionError: an option that can't be, or options that exclude each other.
 
     Example:
         >>> import torch
         >>> BatchNorm1d(1, eps=3.0)(torch.tensor([[1.0], [3.0]])).tolist()
         [[-0.5], [0.5]]
+        >>> padded = torch.tensor([[[1.0, 3.0, 100.0]]])
+        >>> BatchNorm1d(1, eps=3.0)(padded, lengths=torch.tensor([2])).tolist()
+        [[[-0.5, 0.5, 0.0]]]
 
     Reference:
         Ioffe, Szegedy: Batch Normalization, 2015 (arXiv:1502.03167).
     """
 
 
-class BatchNorm2d(nn.BatchNorm2d):
-    """Normalize each channel of ``(N, C, H, W)`` over the batch and all places; see `BatchNorm1d` for the equations.
+class BatchNorm2d(BatchNorm, nn.BatchNorm2d):
+    """Normalize each channel of ``(N, C, H, W)`` over the batch and all places.
 
-    Args:
-        num_features: C, of an input ``(N, C, H, W)``.
-        eps: added to the variance under the root.
-        momentum: weight of the new batch in the running statistics; ``None`` averages all batches alike.
-        affine: learn γ and β.
-        track_running_stats: keep running statistics; without them evaluation uses the batch too.
-        device: of the parameters and statistics.
-        dtype: of the parameters and statistics.
-        bias: learn β beside γ.
-
-    Raises:
-        ValueError: an input of another rank, or one value a channel in training.
+    Arguments, equations and errors are those of `BatchNorm1d`.
 
     Example:
         >>> import torch
-        >>> BatchNorm2d(3)(torch.zeros(2, 3, 4, 4)).shape
+        >>> BatchNorm2d(3, activation="relu")(torch.zeros(2, 3, 4, 4)).shape
         torch.Size([2, 3, 4, 4])
 
     Reference:
@@ -65,25 +308,14 @@ class BatchNorm2d(nn.BatchNorm2d):
     """
 
 
-class BatchNorm3d(nn.BatchNorm3d):
-    """Normalize each channel of ``(N, C, D, H, W)`` over the batch and all places; see `BatchNorm1d` for the equations.
+class BatchNorm3d(BatchNorm, nn.BatchNorm3d):
+    """Normalize each channel of ``(N, C, D, H, W)`` over the batch and all places.
 
-    Args:
-        num_features: C, of an input ``(N, C, D, H, W)``.
-        eps: added to the variance under the root.
-        momentum: weight of the new batch in the running statistics; ``None`` averages all batches alike.
-        affine: learn γ and β.
-        track_running_stats: keep running statistics; without them evaluation uses the batch too.
-        device: of the parameters and statistics.
-        dtype: of the parameters and statistics.
-        bias: learn β beside γ.
-
-    Raises:
-        ValueError: an input of another rank, or one value a channel in training.
+    Arguments, equations and errors are those of `BatchNorm1d`.
 
     Example:
         >>> import torch
-        >>> BatchNorm3d(3)(torch.zeros(2, 3, 4, 4, 4)).shape
+        >>> BatchNorm3d(3, activation="relu")(torch.zeros(2, 3, 4, 4, 4)).shape
         torch.Size([2, 3, 4, 4, 4])
 
     Reference:
