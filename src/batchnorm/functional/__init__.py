@@ -7,8 +7,8 @@ from batchnorm.functional.definition import batch_norm_backward as batch_norm_ba
 from batchnorm.functional.definition import batch_norm_inference as batch_norm_inference
 from batchnorm.functional.definition import batch_norm_inference_backward as batch_norm_inference_backward
 from batchnorm.functional.definition import batch_norm_train as batch_norm_train
-from batchnorm.functional.example import batch_norm_example_inference as batch_norm_example_inference
 from batchnorm.functional.definition import update_running as update_running
+from batchnorm.functional.example import batch_norm_example_inference as batch_norm_example_inference
 from batchnorm.functional.groups import ghost_batches as ghost_batches
 from batchnorm.functional.spellings import batch_normalization as batch_normalization
 from batchnorm.functional.spellings import batch_normalization_test as batch_normalization_test

@@ -60,7 +60,7 @@ def domain(model: nn.Module, name: str | None) -> Iterator[None]:
     layers = [layer for _, layer in named_layers(model) if name is None or name in layer.options.domains]
     if not layers and name is not None:
         known = sorted({known for _, layer in named_layers(model) for known in layer.options.domains})
-        raise OptionError(f"no layer has the domain {name!r}, there are {known or 'none'}: add_domains(model, [{name!r}]) first")
+        raise OptionError(f"no layer has the domain {name!r}, there are {known or 'none'}: add_domains first")
     before = [layer.domain for layer in layers]
     try:
         for layer in layers:

@@ -22,10 +22,11 @@ class BatchNorm(Tracking):
 
     num_features: int
     eps: float
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
+    weight: Any
+    bias: Any
     # nothing is switched on: one kernel call does everything
     _plain: bool = True
+    _ranks: tuple[int, ...] = ()
 
     def __init__(
         self,
@@ -40,7 +41,7 @@ class BatchNorm(Tracking):
         bias: bool = True,
         **options: Any,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)  # type: ignore[call-arg]
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.configure(options)
 
     def configure(self, given: dict[str, Any]) -> None:
@@ -93,9 +94,12 @@ class BatchNorm(Tracking):
             ChannelError: another number of channels (a ``RuntimeError``).
             OptionError: weights or lengths that can't be, γ that is not finite.
         """
-        if isinstance(x, fx.Proxy):
-            return self._leaf_of(x, mask=mask, sample_weight=sample_weight, residual=residual, lengths=lengths)
-        self._check_input_dim(x)
+        anything: Any = x
+        if isinstance(anything, fx.Proxy):
+            leaf: Tensor = self._leaf_of(x, mask=mask, sample_weight=sample_weight, residual=residual, lengths=lengths)
+            return leaf
+        if x.ndim not in self._ranks:
+            self._check_input_dim(x)
         if self._plain and mask is None and sample_weight is None and residual is None and lengths is None:
             y = self._forward_plain(x)
             if y is not None:
@@ -119,26 +123,25 @@ class BatchNorm(Tracking):
 
     def _forward_plain(self, x: Tensor) -> Tensor | None:
         """Do it in one call of ATen's; ``None`` where that is not exact, not possible or not right."""
-        if not ops.is_eager(x) or x.shape[1] != self.num_features or x.numel() == 0:
-            return None
-        # a dict is quicker to ask than a module; parametrizations and pruning take the name out of it
+        channels, values = x.shape[1], x.numel()
+        # a dict is quicker to ask than a module
         parameters, buffers = self._parameters, self._buffers
-        weight = parameters["weight"] if "weight" in parameters else self.weight
-        bias = parameters["bias"] if "bias" in parameters else self.bias
+        if channels != self.num_features or values == 0 or "weight" not in parameters or not ops.is_eager(x):
+            return None
+        weight, bias = parameters["weight"], parameters["bias"]
         mean, var, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
         if mean is None or var is None or batches is None:
             return None
         if not self.training:
             return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, self.eps, False)
-        if x.numel() == x.shape[1]:
+        if values == channels:
             return None
-        again = recomputing()
-        if again:
-            # the same kernel as the first time, on copies: what it saves must match
-            mean, var = mean.clone(), var.clone()
         momentum = 1 / (batches.item() + 1) if self.momentum is None else self.momentum
+        if recomputing():
+            # the same kernel as the first time, on copies: what it saves must match
+            return ops.normalize_in_place(x, weight, bias, mean.clone(), var.clone(), momentum, self.eps)
         y = ops.normalize_in_place(x, weight, bias, mean, var, momentum, self.eps)
-        if y is not None and not again:
+        if y is not None:
             batches.add_(1)
         return y
 
@@ -167,7 +170,9 @@ class BatchNorm(Tracking):
                 f"residual must have the shape of the input, {tuple(x.shape)}, got {tuple(residual.shape)}"
             )
         if ops.is_eager(x) and self.weight is not None and not bool(torch.isfinite(self.weight).all()):
-            raise OptionError("γ must be finite, it holds inf or NaN: go back to a checkpoint and lower the learning rate")
+            raise OptionError(
+                "γ must be finite, it holds inf or NaN: go back to a checkpoint and lower the learning rate"
+            )
 
     def _normalize_nothing(self, x: Tensor) -> Tensor:
         """Return an empty output whose gradients are zero and not missing."""
@@ -209,7 +214,7 @@ class BatchNorm(Tracking):
         state = None
         if renorm is not None:
             batches = self.running()[2]
-            state = self.remember(x, renorm.bounds(int(batches)))  # type: ignore[arg-type]
+            state = self.remember(x, renorm.bounds(int(batches)))
         if weights:
             return ops.normalize_weighted(
                 x, self.weight, self.bias, self.eps, mask=weights.mask, sample_weight=weights.sample_weight,
@@ -292,6 +297,8 @@ class BatchNorm1d(BatchNorm, nn.BatchNorm1d):
         Ioffe, Szegedy: Batch Normalization, 2015 (arXiv:1502.03167).
     """
 
+    _ranks = (2, 3)
+
 
 class BatchNorm2d(BatchNorm, nn.BatchNorm2d):
     """Normalize each channel of ``(N, C, H, W)`` over the batch and all places.
@@ -307,6 +314,8 @@ class BatchNorm2d(BatchNorm, nn.BatchNorm2d):
         Ioffe, Szegedy: Batch Normalization, 2015 (arXiv:1502.03167), section 3.2.
     """
 
+    _ranks = (4,)
+
 
 class BatchNorm3d(BatchNorm, nn.BatchNorm3d):
     """Normalize each channel of ``(N, C, D, H, W)`` over the batch and all places.
@@ -321,3 +330,5 @@ class BatchNorm3d(BatchNorm, nn.BatchNorm3d):
     Reference:
         Ioffe, Szegedy: Batch Normalization, 2015 (arXiv:1502.03167), section 3.2.
     """
+
+    _ranks = (5,)

@@ -1,13 +1,14 @@
 """Normalize a torch batch: by ATen's kernels where they are exact, by the definition where they are not.
 
 ATen sums channels-last and ``(N, C)`` batches in float32, one row after another, which costs digits as a batch grows or its
-mean moves away from zero. Here many rows are summed in short columns that are merged as Moments, and a batch far from zero
-is shifted first. ATen's derivatives are right up to the second order; when more are asked for, the definition gives them.
+mean moves away from zero: see `rows`. ATen's derivatives are right up to the second order; when more are asked for, the
+definition gives them.
 """
 
 from collections import OrderedDict
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
@@ -15,13 +16,9 @@ from torch.autograd import forward_ad
 
 from batchnorm.functional import Renorm, batch_norm_backward, batch_norm_train
 from batchnorm.moments import Moments
+from batchnorm.torch.rows import FEW_ROWS, in_rows, is_far, normalize_rows, over_channels
 
 __all__ = ["is_eager", "normalize", "normalize_in_place", "normalize_weighted", "renormalize"]
-
-SHORT_COLUMN = 128
-MANY_ROWS = 2 * SHORT_COLUMN
-# mean² / variance beyond which ATen's float32 sums over few, over many rows lose digits that the dtype has
-FAR_FEW_ROWS, FAR_MANY_ROWS = 30.0**2, 100.0**2
 
 
 def is_eager(x: Tensor) -> bool:
@@ -41,41 +38,34 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float)
         # functorch differentiates to any order and through any nesting, ATen's formulas do not
         step = batch_norm_train(x, weight, bias, eps=eps)
         return step.y, step.moments
-    if not is_eager(x) or not _in_rows(x):
+    if not is_eager(x) or not in_rows(x):
         return _native(x, weight, bias, eps)
-    count = x.numel() // x.shape[1]
-    if count >= MANY_ROWS and forward_ad._current_level < 0:
-        y, mean, m2 = _ManyRows.apply(x, weight, bias, eps)
-        return y, Moments(count, mean, m2)
-    y, moments = _native(x, weight, bias, eps)
-    if not _is_far(moments.mean, moments.variance, FAR_FEW_ROWS):
-        return y, moments
-    shift = moments.mean.to(x.dtype if x.element_size() > 2 else torch.float32)
-    y, moments = _native(x - _over_channels(shift, x), weight, bias, eps)
-    return y.to(x.dtype), Moments(moments.count, moments.mean + shift, moments.m2)
+    if forward_ad._current_level >= 0:
+        return _native(x, weight, bias, eps)
+    y, moments = normalize_rows(x, weight, bias, eps)
+    return y, Moments(moments.count, torch.from_numpy(moments.mean), torch.from_numpy(moments.m2))
 
 
 def normalize_in_place(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, momentum: float, eps: float
 ) -> Tensor | None:
-    """Normalize and update the running statistics by one call of ATen's, or return ``None`` and change nothing.
+    """Normalize and update the running statistics by one kernel.
 
-    Changes nothing where ATen's sums are not exact or something is not finite: another way must be taken.
+    Returns ``None``, and changes nothing, if something is not finite.
     """
-    rows = _in_rows(x)
-    if rows and x.numel() // x.shape[1] >= MANY_ROWS:
-        return None
+    rows = x.numel() // x.shape[1] if in_rows(x) else 0
+    if rows > FEW_ROWS:
+        return _rows_in_place(x, weight, bias, mean, var, momentum, eps)
     before = torch.cat((mean, var))
     # without .data, DDP's broadcast into the buffers would invalidate what the backward has saved
     y, batch_mean, invstd = torch.native_batch_norm(x, weight, bias, mean.data, var.data, True, momentum, eps)
-    far = batch_mean * invstd if rows else None
-    if _is_finite(var, weight) and (far is None or far.dot(far).item() <= FAR_FEW_ROWS):
+    finite = _is_finite(var, weight)
+    if finite and not (rows and is_far(batch_mean, invstd, rows)):
         _derive_to_any_order(y)
         return y
-    with torch.no_grad():
-        mean.data.copy_(before[: len(mean)])
-        var.data.copy_(before[len(mean) :])
-    return None
+    mean.data.copy_(before[: len(mean)])
+    var.data.copy_(before[len(mean) :])
+    return _rows_in_place(x, weight, bias, mean, var, momentum, eps) if finite else None
 
 
 def normalize_weighted(
@@ -91,7 +81,7 @@ def normalize_weighted(
     renorm: Renorm | None = None,
 ) -> tuple[Tensor, Moments]:
     """Return `batch_norm_train` with everything it can do, by the definition; the backward keeps ``x`` and no copy of it."""
-    if sample_weight is not None and sample_weight.requires_grad or not is_eager(x) or forward_ad._current_level >= 0:
+    if (sample_weight is not None and sample_weight.requires_grad) or not is_eager(x) or forward_ad._current_level >= 0:
         step = batch_norm_train(
             x, weight, bias, *running, eps=eps, mask=mask, sample_weight=sample_weight,
             virtual_batch_size=virtual_batch_size, renorm=renorm,
@@ -99,8 +89,8 @@ def normalize_weighted(
         return step.y, step.moments
     kept = {"eps": eps, "virtual_batch_size": virtual_batch_size, "renorm": renorm}
     # the running statistics move on before the backward comes
-    running = (None, None) if renorm is None else tuple(v.clone() for v in running)
-    y, count, mean, m2 = _Definition.apply(x, weight, bias, mask, sample_weight, *running, kept)
+    before = [None if v is None or renorm is None else v.clone() for v in running]
+    y, count, mean, m2 = _Definition.apply(x, weight, bias, mask, sample_weight, *before, kept)  # type: ignore[no-untyped-call]
     return y, Moments(count, mean, m2)
 
 
@@ -114,9 +104,9 @@ def renormalize(
     sigma = (var + eps).sqrt()
     r = ((moments.variance + eps).sqrt() / sigma).clamp(1 / bounds.rmax, bounds.rmax)
     d = ((moments.mean - mean) / sigma).clamp(-bounds.dmax, bounds.dmax)
-    y = y * _over_channels(r.detach().to(y.dtype), x) + _over_channels(d.detach().to(y.dtype), x)
-    y = y if weight is None else y * _over_channels(weight, x)
-    y = y if bias is None else y + _over_channels(bias, x)
+    y = y * over_channels(r.detach().to(y.dtype), x) + over_channels(d.detach().to(y.dtype), x)
+    y = y if weight is None else y * over_channels(weight, x)
+    y = y if bias is None else y + over_channels(bias, x)
     return y.to(x.dtype), moments
 
 
@@ -169,131 +159,24 @@ class _Definition(torch.autograd.Function):
         return g.dx, dgamma, None if ctx.bias is None else g.dbeta.to(ctx.bias), None, None, None, None, None
 
 
-class _ManyRows(torch.autograd.Function):
-    """Normalize a batch that lies in memory row by row, with sums over short columns."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return output, mean and m2; the last two are constants."""
-        moments = _moments_of_rows(_rows(x))
-        dtype = torch.float32 if x.element_size() < 4 else x.dtype
-        mean, var = moments.mean.to(dtype), moments.variance.to(dtype)
-        gamma, beta = (v if v is None or v.element_size() > 2 else v.float() for v in (weight, bias))
-        y = torch.batch_norm(x, gamma, beta, mean, var, False, 0.0, eps, False)
-        ctx.save_for_backward(x, weight, mean, var)
-        ctx.eps, ctx.bias = eps, None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(moments.mean, moments.m2)
-        return y, moments.mean, moments.m2
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
-        """Return the gradients of x, γ and β."""
-        x, weight, mean, var = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            g = batch_norm_backward(dy, x, weight, eps=ctx.eps)
-        else:
-            g = _backward_of_rows(dy, x, weight, mean, var, ctx.eps, ctx.needs_input_grad[0])
-        dgamma = None if weight is None else g[1].to(weight.dtype)
-        return g[0], dgamma, None if ctx.bias is None else g[2].to(ctx.bias), None
-
-
-def _moments_of_rows(rows: Tensor) -> Moments:
-    moments = _moments_of_columns(rows)
-    if not _is_far(moments.mean, moments.variance, FAR_MANY_ROWS):
-        return moments
-    shift = moments.mean.to(torch.float32 if rows.element_size() < 4 else rows.dtype)
-    shifted = _moments_of_columns(rows - shift)
-    return Moments(shifted.count, shifted.mean + shift, shifted.m2)
-
-
-def _moments_of_columns(rows: Tensor) -> Moments:
-    """Measure ``(M, C)`` rows in columns of `SHORT_COLUMN` values each, and merge them all at once by Chan's formula."""
-    total = Moments.empty()
-    for columns, parts in _short_columns(rows):
-        dtype = torch.float32 if rows.element_size() < 4 else rows.dtype
-        mean, var = torch.batch_norm_update_stats(columns, *torch.zeros(2, columns.shape[1], dtype=dtype).unbind(), 0.0)
-        means, m2s = mean.double().view(parts, -1), var.double().view(parts, -1) * len(columns)
-        mean = means.mean(0)
-        part = Moments(columns.numel() // rows.shape[1], mean, (m2s + len(columns) * (means - mean) ** 2).sum(0))
-        total = total.merge(part)
-    return total
-
-
-def _short_columns(rows: Tensor) -> list[tuple[Tensor, int]]:
-    """View ``(M, C)`` as ``(128, parts · C)``, and what is left over as it is: parts of a channel are channels of their own."""
-    parts = len(rows) // SHORT_COLUMN
-    whole = parts * SHORT_COLUMN
-    columns = [(rows[:whole].view(SHORT_COLUMN, -1), parts)]
-    return columns if whole == len(rows) else [*columns, (rows[whole:], 1)]
-
-
-def _backward_of_rows(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, eps: float, needs_dx: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return dx, dγ and dβ: sums over short columns, then ``dx = a·dy + b·x + c`` for each channel."""
-    dy = dy.contiguous(memory_format=_memory_format(x)).to(x.dtype)
-    invstd = (var.double() + eps).rsqrt()
-    dgamma, dbeta = _sums_of_columns(_rows(dy), _rows(x), mean, var, eps)
-    if not needs_dx:
-        return None, dgamma, dbeta
-    gamma = weight if weight is None or weight.element_size() > 2 else weight.float()
-    if x.element_size() == 2:
-        # three terms rounded to half precision would cost a digit: ATen rounds once
-        dx, *_ = torch.ops.aten.native_batch_norm_backward(
-            dy, x, gamma, None, None, mean, invstd.to(mean.dtype), True, eps, [True, False, False]
-        )
-        return dx, dgamma, dbeta
-    count = x.numel() // x.shape[1]
-    a = invstd if gamma is None else invstd * gamma.double()
-    b = -a * invstd * dgamma / count
-    c = -a * dbeta / count - b * mean.double()
-    zeros, ones = torch.zeros_like(mean), torch.ones_like(mean)
-    dx = torch.batch_norm(dy, a.to(x.dtype), c.to(x.dtype), zeros, ones, False, 0.0, 0.0, False)
-    return dx.addcmul_(x, _over_channels(b.to(x.dtype), x)), dgamma, dbeta
-
-
-def _sums_of_columns(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return ``Σ dy·x̂`` and ``Σ dy`` in float64, by ATen's backward for fixed statistics, which sums both in one reading."""
-    dgamma, dbeta = 0.0, 0.0
-    for (dy_columns, parts), (x_columns, _) in zip(_short_columns(dy), _short_columns(x), strict=True):
-        _, scaled, plain = torch.ops.aten.native_batch_norm_backward(
-            dy_columns, x_columns, None, mean.repeat(parts), var.repeat(parts), None, None, False, eps, [False, True, True]
-        )  # fmt: skip
-        dgamma = dgamma + scaled.double().view(parts, -1).sum(0)
-        dbeta = dbeta + plain.double().view(parts, -1).sum(0)
-    return dgamma, dbeta
-
-
-def _is_far(mean: Tensor, variance: Tensor, bound: float) -> bool:
-    """Say whether a channel lies so far from zero, for its spread, that float32 sums lose digits."""
-    return bool((mean * mean > bound * variance).any())
+def _rows_in_place(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, momentum: float, eps: float
+) -> Tensor | None:
+    if mean.element_size() < 4 or forward_ad._current_level >= 0:
+        return None
+    y, moments = normalize_rows(x, weight, bias, eps)
+    batch_mean, batch_var = moments.mean.astype(mean.numpy().dtype), moments.unbiased_variance.astype(var.numpy().dtype)
+    if not np.isfinite(batch_mean.sum() + batch_var.sum()) or not _is_finite(var, weight):
+        return None
+    for running, batch in ((mean, batch_mean), (var, batch_var)):
+        running.numpy()[:] += momentum * (batch - running.numpy())
+    return y
 
 
 def _is_finite(var: Tensor, weight: Tensor | None) -> bool:
     # one product tells: 0 · inf and NaN stay NaN; an overflow of sound values only costs a second look
     total = var.dot(var if weight is None or weight.dtype != var.dtype else weight.detach()).item()
     return -torch.inf < total < torch.inf
-
-
-def _in_rows(x: Tensor) -> bool:
-    """Say whether the channels of one place lie side by side in memory: ``(N, C)`` and channels-last."""
-    if x.ndim == 2:
-        return x.is_contiguous()
-    return x.ndim > 3 and not x.is_contiguous() and x.is_contiguous(memory_format=_memory_format(x))
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.ndim == 2 else x.movedim(1, -1).reshape(-1, x.shape[1])
-
-
-def _over_channels(v: Tensor, x: Tensor) -> Tensor:
-    return v.view(1, -1, *[1] * (x.ndim - 2))
 
 
 def _exact_derivative(grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor, ...]) -> Any:

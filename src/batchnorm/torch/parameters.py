@@ -29,7 +29,8 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     Reference:
         van Laarhoven: L2 regularization versus batch and weight normalization, 2017 (arXiv:1706.05350).
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_bias = name.rpartition(".")[2].endswith("bias")
         (plain if is_bias or parameter.ndim <= 1 else decayed).append(parameter)

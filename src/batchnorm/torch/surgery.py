@@ -19,7 +19,17 @@ _OURS: dict[type[nn.Module], type[BatchNorm]] = {
 }
 _TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
 # what a layer of ours holds and torch's does not
-_STATE = ("options", "frozen_statistics", "_frozen_affine", "_collected", "_domain", "_warned", "_skipped", "_seen", "_plain")
+_STATE = (
+    "options",
+    "frozen_statistics",
+    "_frozen_affine",
+    "_collected",
+    "_domain",
+    "_warned",
+    "_skipped",
+    "_seen",
+    "_plain",
+)
 
 
 def convert(model: nn.Module, **options: Any) -> nn.Module:
@@ -44,19 +54,20 @@ def convert(model: nn.Module, **options: Any) -> nn.Module:
         >>> convert(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), on_single="skip")[1]
         BatchNorm1d(3, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, on_single='skip')
     """
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    found: list[tuple[str, Any]] = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)
+    ]
     for name, module in found:
         if isinstance(module, BatchNorm) or type(module) in _OURS:
             _check_options(name, module, options)
     for name, module in found:
         if type(module) in _OURS:
             module.__class__ = _OURS[type(module)]
-            module.configure(options)  # type: ignore[operator]
-        elif isinstance(module, BatchNorm):
+        if isinstance(module, BatchNorm):
             module.configure(options)
         else:
             warnings.warn(
-                f"layer {name or 'itself'!r} is a {type(module).__name__}, which has a forward of its own: it was left as it is",
+                f"layer {name or 'itself'!r} is a {type(module).__name__}, with a forward of its own: it was left as it is",
                 BatchNormWarning,
                 stacklevel=2,
             )
@@ -106,12 +117,12 @@ def named_layers(model: nn.Module) -> list[tuple[str, BatchNorm]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, BatchNorm)]
 
 
-def _check_options(name: str, module: nn.Module, options: dict[str, Any]) -> None:
+def _check_options(name: str, module: Any, options: dict[str, Any]) -> None:
     trial = copy.copy(module)
     trial._buffers = dict(module._buffers)
     trial.__class__ = _OURS.get(type(module), type(module))
     try:
-        trial.configure(options)  # type: ignore[operator]
+        trial.configure(options)
     except OptionError as error:
         raise OptionError(f"layer {name or 'itself'!r}, {type(module).__name__}: {error}") from None
 

@@ -64,7 +64,7 @@ class Tracking(nn.Module):
             self.register_buffer(f"{name}_{domain}", source.clone())
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._skipped = None if self._skipped is None else fn(self._skipped)
         return self
 
@@ -103,11 +103,12 @@ class Tracking(nn.Module):
     def settle(self) -> None:
         """Choose the way of the next forwards; called after every change of state."""
 
-    def running(self) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
+    def running(self) -> tuple[Any, Any, Any]:
         """Return running mean, running variance and number of batches of the domain that is chosen."""
         suffix = "" if self._domain is None else f"_{self._domain}"
         names = ("running_mean", "running_var", "num_batches_tracked")
-        return tuple(self._buffers.get(name + suffix) for name in names)  # type: ignore[return-value]
+        mean, var, batches = (self._buffers.get(name + suffix) for name in names)
+        return mean, var, batches
 
     def normalizes_by_batch(self) -> bool:
         """Say whether the next forward takes the batch's statistics."""
@@ -201,7 +202,8 @@ class Tracking(nn.Module):
         if recomputing():
             for key, *found in self._seen or ():
                 if torch.equal(key, _fingerprint(x)):
-                    return tuple(found)  # type: ignore[return-value]
+                    mean, var, bounds = found
+                    return mean, var, bounds
         mean, var, _ = self.running()
         state = (mean.clone(), var.clone(), bounds)
         if is_eager(x):

@@ -1,6 +1,6 @@
 """Which values of a batch count, and how much: a mask, lengths and sample weights, checked."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,8 +49,11 @@ class Weights(NamedTuple):
         if not bool(((w >= 0) & torch.isfinite(w)).all()):
             raise OptionError(f"sample_weight must be finite and not negative, got values from {w.min()} to {w.max()}")
         masked_out = self.mask is not None and not bool(self.mask.any())
-        if not masked_out and not bool((valid_weights(x, _reduced(x), self.mask, w) > 0).any()):
+        if not masked_out and not bool((self._over_places(x) > 0).any()):
             raise OptionError("sample_weight must be positive somewhere (where the mask is true), got zeros only")
+
+    def _over_places(self, x: Tensor) -> Any:
+        return valid_weights(x, _reduced(x), self.mask, self.sample_weight)
 
     def valid_places(self, x: Tensor) -> int | None:
         """Return how many values of a channel count, or ``None`` where their values can't be looked at."""
@@ -58,12 +61,11 @@ class Weights(NamedTuple):
             return x.numel() // x.shape[1]
         if not is_eager(x):
             return None
-        weight = valid_weights(x, _reduced(x), self.mask, self.sample_weight)
-        return int((weight > 0).sum())
+        return int((self._over_places(x) > 0).sum())
 
     def over_places(self, x: Tensor) -> Tensor | None:
         """Return mask times weights, shaped to meet ``x``."""
-        return valid_weights(x, _reduced(x), self.mask, self.sample_weight) if self else None
+        return self._over_places(x) if self else None
 
     def only_valid(self, y: Tensor) -> Tensor:
         """Put 0 where the mask is false."""
@@ -84,6 +86,8 @@ def _mask_of_lengths(lengths: Tensor, x: Tensor) -> Tensor:
         )
     places = x.shape[-1]
     if is_eager(lengths) and len(lengths) and not 0 <= int(lengths.min()) <= int(lengths.max()) <= places:
-        raise OptionError(f"lengths must lie between 0 and {places}, the places of the last axis, got {lengths.tolist()}")
+        raise OptionError(
+            f"lengths must lie between 0 and {places}, the places of the last axis, got {lengths.tolist()}"
+        )
     mask = torch.arange(places, device=lengths.device) < lengths[:, None]
     return mask.view(len(x), *[1] * (x.ndim - 3), places)
