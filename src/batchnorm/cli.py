@@ -17,6 +17,12 @@ T = TypeVar("T")
 
 USER_ERROR, INTERRUPTED = 2, 130
 
+_BENCHES = {
+    "compare": "time, scaling and memory of the main job",
+    "effects": "what each option of the layers does to a small network",
+    "layers": "speed and exactness of the layers beside PyTorch's own",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, or 2 after an error that the user can mend."""
@@ -117,7 +123,7 @@ def _summary(given: argparse.Namespace) -> None:
 
 def _add_bench(verbs: Any) -> None:
     verb = _verb(verbs, "bench", _bench, "measure the figures of README and docs on this machine")
-    verb.add_argument("what", choices=["compare"], help="compare: time, scaling and memory of the main job")
+    verb.add_argument("what", choices=list(_BENCHES), help="; ".join(f"{k}: {v}" for k, v in _BENCHES.items()))
     verb.add_argument(
         "--out", type=Path, default=Path("benchmarks"), metavar="DIR", help="raw values as JSON (benchmarks)"
     )

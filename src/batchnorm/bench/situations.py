@@ -1,6 +1,7 @@
 """Train a small network on digits, in the situation that an option of the layers is for."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from batchnorm import torch as ours
+from batchnorm.errors import BatchNormWarning
 from batchnorm.lab.data import Split
 from batchnorm.lab.train import score
 
@@ -40,10 +42,10 @@ class Network(nn.Module):
         super().__init__()
         self.is_cnn = kind == "cnn"
         if self.is_cnn:
-            self.linears = nn.ModuleList([_conv(1, 16), _conv(16, 32)])
+            self.linears = nn.ModuleList([_conv(1, 8), _conv(8, 16)])
         else:
             self.linears = nn.ModuleList([nn.Linear(64, 64, bias=False), nn.Linear(64, 32, bias=False)])
-        self.head = nn.Linear(32, 10)
+        self.head = nn.Linear(16 if self.is_cnn else 32, 10)
         self.norms = nn.ModuleList(norms)
 
     def forward(self, x: Tensor, valid: Tensor | None = None, **given: Any) -> Tensor:
@@ -114,7 +116,8 @@ def micro_step(network: nn.Module, x: Tensor, y: Tensor, _: At, once: bool) -> T
     """Take micro-batches of eight, and add their gradients up."""
     total = torch.zeros(())
     with ours.accumulate(network) if once else nullcontext():
-        for rows in torch.arange(len(y)).split(8):
+        for i in range(0, len(y), 8):
+            rows = slice(i, i + 8)
             total += _backward(F.cross_entropy(network(x[rows]), y[rows], reduction="sum") / len(y))
     return total
 
@@ -129,7 +132,9 @@ def inf_step(network: nn.Module, x: Tensor, y: Tensor, at: At) -> Tensor:
     if at.step == at.steps // 2:
         x = x.clone()
         x[0, 0, 0, 0] = torch.inf
-    return step(network, x, y, at)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BatchNormWarning)
+        return step(network, x, y, at)
 
 
 def domain_step(network: nn.Module, x: Tensor, y: Tensor, at: At, separate: bool) -> Tensor:
@@ -178,13 +183,14 @@ def choose_example_weight(network: Network, split: Split) -> None:
 
 def take_statistics_anew(network: Network, split: Split) -> None:
     """Forget the running statistics, and average those of one epoch's batches."""
-    for norm in network.norms:
-        norm.reset_running_stats()
-        norm.momentum = None
+    layers: Any = network.norms
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None
     network.train()
     with torch.no_grad():
-        for x in torch.from_numpy(split.x_train / BRIGHTEST).split(64):
-            network(x)
+        for i in range(0, len(split.x_train), 64):
+            network(torch.from_numpy(split.x_train[i : i + 64] / BRIGHTEST))
 
 
 # ways to look at a trained network
@@ -211,7 +217,7 @@ class Recipe:
     # options of our layers; None takes torch's own
     layer: dict[str, Any] | None = field(default_factory=dict)
     batch_size: int = 64
-    steps: int = 200
+    steps: int = 150
     learning_rate: float = 0.1
     weight_decay: float = 0.0
     grouped: bool = False
@@ -232,7 +238,7 @@ def outcome(recipe: Recipe, split: Split, seed: int) -> dict[str, Any]:
     """Train, and return test log-loss and accuracy, or in which way the training ``failed``."""
     network = _build(recipe, seed)
     try:
-        recipe.start(network, split, seed)
+        recipe.start(network, split, seed, recipe.steps)
         fit(network, recipe, split, seed)
     except ValueError as error:
         return {"seed": seed, "failed": f"{type(error).__name__}: {error}"}
@@ -250,7 +256,7 @@ def fit(network: Network, recipe: Recipe, split: Split, seed: int) -> None:
     x, y = x.flip(-1) if recipe.mirrored else x, torch.from_numpy(split.y_train[: recipe.rows])
     decay = recipe.weight_decay
     groups = ours.param_groups(network, decay) if recipe.grouped else network.parameters()
-    optimizer = torch.optim.SGD(groups, lr=recipe.learning_rate, weight_decay=decay)
+    optimizer = torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, weight_decay=decay)
     batches = recipe.batches(y, recipe.batch_size, np.random.default_rng(seed))
     network.train()
     for number, rows in enumerate(islice(batches, recipe.steps)):
@@ -264,7 +270,7 @@ def _build(recipe: Recipe, seed: int) -> Network:
     """Make the network; the weights are the same for equal seeds, whatever the layers are."""
     space, options = (ours, recipe.layer) if recipe.layer is not None else (nn, {})
     layer: Any = partial(getattr(space, "BatchNorm2d" if recipe.network == "cnn" else "BatchNorm1d"), **options)
-    widths = (16, 32) if recipe.network == "cnn" else (64, 32)
+    widths = (8, 16) if recipe.network == "cnn" else (64, 32)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         return Network(recipe.network, [layer(width) for width in widths])

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from batchnorm.functional import Renorm, batch_norm_backward, batch_norm_train
 from batchnorm.moments import Moments
-from batchnorm.torch.rows import FEW_ROWS, in_rows, is_far, normalize_rows, over_channels
+from batchnorm.torch.rows import FEW_ROWS, are_near, in_rows, normalize_rows, over_channels
 
 __all__ = ["is_eager", "normalize", "normalize_in_place", "normalize_weighted", "renormalize"]
 
@@ -25,7 +25,7 @@ def is_eager(x: Tensor) -> bool:
     """Say whether the values of ``x`` are at hand in this process: not compiled, traced, transformed, fake or on a device."""
     return (
         type(x) is Tensor
-        and x.device.type == "cpu"
+        and x.is_cpu
         and not torch.compiler.is_compiling()
         and peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
@@ -49,23 +49,23 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float)
 def normalize_in_place(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, momentum: float, eps: float
 ) -> Tensor | None:
-    """Normalize and update the running statistics by one kernel.
+    """Normalize and update the running statistics, in one call of ATen's where its sums are exact.
 
     Returns ``None``, and changes nothing, if something is not finite.
     """
-    rows = x.numel() // x.shape[1] if in_rows(x) else 0
+    rows = x.numel() // len(mean) if in_rows(x) else 0
     if rows > FEW_ROWS:
         return _rows_in_place(x, weight, bias, mean, var, momentum, eps)
     before = torch.cat((mean, var))
     # without .data, DDP's broadcast into the buffers would invalidate what the backward has saved
     y, batch_mean, invstd = torch.native_batch_norm(x, weight, bias, mean.data, var.data, True, momentum, eps)
-    finite = _is_finite(var, weight)
-    if finite and not (rows and is_far(batch_mean, invstd, rows)):
+    near = not rows or are_near(batch_mean, invstd, rows)
+    if near and _is_finite(var, weight):
         _derive_to_any_order(y)
         return y
     mean.data.copy_(before[: len(mean)])
     var.data.copy_(before[len(mean) :])
-    return _rows_in_place(x, weight, bias, mean, var, momentum, eps) if finite else None
+    return None if near else _rows_in_place(x, weight, bias, mean, var, momentum, eps)
 
 
 def normalize_weighted(

@@ -14,7 +14,7 @@ from torch import Tensor
 from batchnorm.functional import batch_norm_backward
 from batchnorm.moments import Moments
 
-__all__ = ["FEW_ROWS", "in_rows", "is_far", "normalize_rows", "over_channels"]
+__all__ = ["FEW_ROWS", "are_near", "in_rows", "normalize_rows", "over_channels"]
 
 # up to here ATen's sums are as exact as in its better layout, and one call of it costs less than several
 FEW_ROWS = 2048
@@ -30,12 +30,13 @@ def in_rows(x: Tensor) -> bool:
     return x.ndim > 3 and not x.is_contiguous() and x.is_contiguous(memory_format=_memory_format(x))
 
 
-def is_far(mean: Tensor, invstd: Tensor, rows: int) -> bool:
-    """Say whether a channel lies so far from zero, for its spread, that ATen's sums over few rows lose digits."""
+def are_near(mean: Tensor, invstd: Tensor, rows: int) -> bool:
+    """Say whether every channel lies near enough to zero, for its spread, for ATen's sums over few rows."""
     squares = mean * invstd
-    squares = squares * squares
-    # the sum of fourth powers bounds the largest, in one operation; what is lost grows with the root of the rows
-    return not squares.dot(squares).item() * rows * rows <= FAR_64**4 * 64 * 64
+    squares *= squares
+    # the sum of fourth powers bounds the largest in one call; what is lost grows with the root of the rows; NaN is not near
+    near: bool = squares.dot(squares).item() * rows * rows <= FAR_64**4 * 64 * 64
+    return near
 
 
 def normalize_rows(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Moments]:
