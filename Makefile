@@ -39,6 +39,8 @@ docs: $(VENV)/.dev  ## the documentation site, built strictly, in site/
 
 bench: $(VENV)/.lab  ## the measured figures of README and docs, in benchmarks/
 	$(BIN)/batchnorm bench compare --out benchmarks
+	$(BIN)/batchnorm bench effects --out benchmarks
+	$(BIN)/batchnorm bench layers --out benchmarks
 
 format: $(VENV)/.dev  ## mend format and style in place
 	$(BIN)/ruff format .

@@ -17,6 +17,7 @@ from batchnorm.errors import OptionError, ShapeError
 from batchnorm.functional import (
     Renorm,
     batch_norm_backward,
+    batch_norm_example_inference,
     batch_norm_inference,
     batch_norm_inference_backward,
     batch_norm_train,
@@ -806,6 +807,56 @@ def test_channels_with_and_without_values_are_told_apart():
     assert np.array_equal(var, [1.0, 1.0, 2.0])
 
 
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.9, 1.0])
+def test_the_total_variance_is_that_of_old_and_new_values_together(rng, decay, unbiased):
+    """It is the moving E[x²] less the squared moving mean; an unbiased variance takes the place of the batch's own."""
+    mean, var = rng.normal(size=3), rng.random(3)
+    batch = Moments.of(rng.normal(5.0, 2.0, (6, 3)))
+    batch_var = batch.unbiased_variance if unbiased else batch.variance
+    got = update_running(mean, var, batch, decay=decay, unbiased=unbiased, total_variance=True)
+    expected_mean = decay * mean + (1 - decay) * batch.mean
+    squares = decay * (var + mean**2) + (1 - decay) * (batch_var + batch.mean**2)
+    same(got[0], expected_mean)
+    same(got[1], squares - expected_mean**2, atol=1e-11)  # of squares of about 50
+    plain = update_running(mean, var, batch, decay=decay, unbiased=unbiased)
+    assert np.array_equal(got[0], plain[0])
+    # what is added is never negative
+    assert np.all(got[1] >= plain[1])
+
+
+def test_cumulative_total_variance_of_equal_batches_is_that_of_all_their_values(rng):
+    xs = rng.normal(size=(7, 5, 3)) + 10 * np.arange(7)[:, None, None]
+    mean, var = np.full(3, 99.0), np.full(3, 99.0)
+    for t, x in enumerate(xs):
+        mean, var = update_running(mean, var, Moments.of(x), decay=t / (t + 1), unbiased=False, total_variance=True)
+    same(mean, xs.mean((0, 1)))
+    same(var, xs.var((0, 1)))
+
+
+def test_the_total_variance_does_not_cancel():
+    """E[x²] - E[x]² would lose all of it here: squares of 1e16 have an ulp of 2."""
+    batch = Moments.of(np.array([[1e8], [1e8 + 2]]))
+    _, var = update_running(np.array([1e8]), np.array([1.0]), batch, decay=0.5, unbiased=False, total_variance=True)
+    same(var, [1.25])
+
+
+def test_the_total_variance_is_the_same_on_torch_and_jax(rng):
+    numbers = rng.normal(size=3), rng.random(3), rng.normal(3.0, 2.0, (6, 3))
+    expected = update_running(*numbers[:2], Moments.of(numbers[2]), total_variance=True)
+    mean, var, x = map(torch.from_numpy, numbers)
+    same(update_running(mean, var, Moments.of(x), total_variance=True), expected)
+    with jax.enable_x64(True):
+        mean, var, x = map(jax.numpy.asarray, numbers)
+        same(update_running(mean, var, Moments.of(x), total_variance=True), expected)
+
+
+def test_without_values_the_total_variance_stays():
+    empty = Moments(np.zeros(3), np.full(3, 7.0), np.zeros(3))
+    got = update_running(np.ones(3), np.full(3, 0.5), empty, total_variance=True)
+    assert np.array_equal(got, [np.ones(3), np.full(3, 0.5)])
+
+
 def test_without_running_statistics_none_are_returned(rng):
     assert batch_norm_train(rng.normal(size=(3, 2)))[2:] == (None, None)
 
@@ -872,6 +923,84 @@ def test_inference_centres_before_it_scales(rng):
     x = rng.normal(1e4, 1.0, (64, 3)).astype(np.float32)
     got = batch_norm_inference(x, np.full(3, 1e4), np.full(3, 1.0), eps=0.0)
     assert np.array_equal(got, x - np.float32(1e4))
+
+
+# --- an example's own statistics ----------------------------------------------------------------------------
+
+EXAMPLES = {name: CASES[name] for name in ("sequence", "volume")}
+every_example = pytest.mark.parametrize("case", EXAMPLES.values(), ids=EXAMPLES)
+
+
+def by_example(x, mean, variance, gamma, beta, a, eps):
+    """Return the printed equations, one example and channel after another."""
+    y = np.empty_like(x)
+    for i, c in np.ndindex(x.shape[:2]):
+        own = x[i, c]
+        mu = (1 - a) * mean[c] + a * own.mean()
+        var = (1 - a) * variance[c] + a * own.var() + a * (1 - a) * (own.mean() - mean[c]) ** 2
+        y[i, c] = gamma[c] * (own - mu) / np.sqrt(var + eps) + beta[c]
+    return y
+
+
+@every_example
+@pytest.mark.parametrize("a", [0.0, 0.2, 1.0])
+def test_example_inference_is_that_of_its_equations_in_every_library(case, a):
+    _, x, gamma, beta = case.arrays()
+    arrays = x, beta + 1, gamma**2 + 0.1, gamma, beta
+    expected = by_example(*arrays, a, 0.01)
+    given = {"example_weight": a, "eps": 0.01}
+    same(batch_norm_example_inference(*arrays, **given), expected)
+    same(batch_norm_example_inference(*map(torch.from_numpy, arrays), **given), expected)
+    with jax.enable_x64(True):
+        same(batch_norm_example_inference(*map(jax.numpy.asarray, arrays), **given), expected)
+
+
+@every_example
+def test_example_inference_has_right_derivatives(case):
+    _, x, gamma, beta = case.arrays()
+    inputs = tensors(x, beta + 1, gamma**2 + 0.1, gamma, beta)
+    assert torch.autograd.gradcheck(lambda *v: batch_norm_example_inference(*v, example_weight=0.3), inputs)
+
+
+def test_example_inference_without_a_share_is_inference(rng):
+    x, mean, variance = rng.normal(size=(3, 2, 5)), rng.normal(size=2), rng.random(2)
+    same(batch_norm_example_inference(x, mean, variance, example_weight=0.0), batch_norm_inference(x, mean, variance))
+
+
+def test_an_example_is_measured_over_its_valid_places(rng):
+    x, mean, variance, valid = rng.normal(size=(3, 2, 5)), rng.normal(size=2), rng.random(2), some(3, 5)
+    valid[:, 0] = True
+    valid[2] = False
+    hidden = np.where(valid[:, None], x, np.nan)
+    got = batch_norm_example_inference(hidden, mean, variance, example_weight=0.4, weight=valid[:, None])
+    for i in range(2):
+        alone = batch_norm_example_inference(x[i : i + 1, :, valid[i]], mean, variance, example_weight=0.4)
+        same(got[i][:, valid[i]], alone[0])
+
+
+def test_an_example_without_a_valid_place_takes_the_stored_statistics(rng):
+    x, mean, variance = rng.normal(size=(1, 2, 5)), rng.normal(size=2), rng.random(2)
+    got = batch_norm_example_inference(x, mean, variance, example_weight=0.4, weight=np.zeros((1, 1, 5)))
+    same(got, batch_norm_inference(x, mean, variance))
+
+
+def test_weights_of_places_are_frequencies_in_an_example(rng):
+    x, mean, variance = rng.normal(size=(1, 2, 3)), rng.normal(size=2), rng.random(2)
+    got = batch_norm_example_inference(x, mean, variance, example_weight=0.4, weight=np.array([[[2, 1, 1]]]))
+    twice = x[:, :, [0, 0, 1, 2]]
+    same(got, batch_norm_example_inference(twice, mean, variance, example_weight=0.4)[:, :, 1:])
+
+
+def test_example_inference_in_float32_is_rounded_once(rng):
+    numbers = [v.astype(np.float32) for v in (rng.normal(1e3, 1.0, (3, 2, 50)), rng.normal(1e3, 1.0, 2), rng.random(2))]
+    got = batch_norm_example_inference(*numbers, example_weight=0.4)
+    assert got.dtype == np.float32
+    assert_near(got, batch_norm_example_inference(*(v.astype(float) for v in numbers), example_weight=0.4), ulps=1)
+
+
+def test_example_inference_needs_places():
+    with pytest.raises(ShapeError, match=re.escape("spatial axes (N, C, *spatial), got shape (4, 3)")):
+        batch_norm_example_inference(np.ones((4, 3)), np.ones(3), np.ones(3), example_weight=0.5)
 
 
 # --- what a user can do wrong -------------------------------------------------------------------------------

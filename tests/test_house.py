@@ -22,6 +22,7 @@ NAMES = {
         "Normalized",
         "Renorm",
         "batch_norm_backward",
+        "batch_norm_example_inference",
         "batch_norm_inference",
         "batch_norm_inference_backward",
         "batch_norm_train",
@@ -32,7 +33,20 @@ NAMES = {
         "moments",
         "update_running",
     ],
-    "batchnorm.torch": ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"],
+    "batchnorm.torch": [
+        "BatchNorm1d",
+        "BatchNorm2d",
+        "BatchNorm3d",
+        "RenormSchedule",
+        "accumulate",
+        "add_domains",
+        "convert",
+        "domain",
+        "freeze",
+        "param_groups",
+        "revert",
+        "unfreeze",
+    ],
 }
 PUBLIC = [(room, name) for room, names in NAMES.items() for name in names]
 
@@ -131,19 +145,21 @@ def test_importing_the_file_of_a_verb_leaves_the_verb(code):
 
 
 STANDARD = {
+    "ChannelError": RuntimeError,
     "OptionError": ValueError,
     "ShapeError": ValueError,
     "DataError": ValueError,
     "OutputError": OSError,
     "NotInvertibleError": ArithmeticError,
     "MissingDependencyError": ImportError,
+    "TransformError": RuntimeError,
     "VerificationError": RuntimeError,
     "WorkerError": RuntimeError,
 }
 
 
 def test_every_error_is_listed_here_and_there():
-    assert sorted(errors.__all__) == sorted([*STANDARD, "BatchNormError"])
+    assert sorted(errors.__all__) == sorted([*STANDARD, "BatchNormError", "BatchNormWarning"])
     defined = [name for name, v in vars(errors).items() if inspect.isclass(v)]
     assert sorted(defined) == sorted(errors.__all__)
 

@@ -23,7 +23,7 @@ from batchnorm.lab.train import score
 __all__ = ["Recipe", "outcome"]
 
 BRIGHTEST = 16
-WIDEST = 16
+MOST_PADDING = 8
 
 
 class At(NamedTuple):
@@ -36,7 +36,7 @@ class At(NamedTuple):
 
 
 class Network(nn.Module):
-    """Two times linear, batch normalization, ReLU; then a linear layer. A CNN takes the mean over its places before it."""
+    """Two times linear, batch normalization, ReLU; then a linear layer. A CNN halves its map in between."""
 
     def __init__(self, kind: str, norms: list[nn.Module]) -> None:
         super().__init__()
@@ -45,22 +45,23 @@ class Network(nn.Module):
             self.linears = nn.ModuleList([_conv(1, 8), _conv(8, 16)])
         else:
             self.linears = nn.ModuleList([nn.Linear(64, 64, bias=False), nn.Linear(64, 32, bias=False)])
-        self.head = nn.Linear(16 if self.is_cnn else 32, 10)
+        self.head = nn.Linear(16 * 4 * 4 if self.is_cnn else 32, 10)
         self.norms = nn.ModuleList(norms)
 
-    def forward(self, x: Tensor, valid: Tensor | None = None, **given: Any) -> Tensor:
-        """Return logits; ``given`` goes to the layers, what is not ``valid`` nowhere."""
-        return self.head(self.features(x, valid, **given))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, valid: Tensor | None = None, tell: bool = False, **given: Any) -> Tensor:
+        """Return logits; what is not ``valid`` is 0 behind each layer, which is told of it or not."""
+        return self.head(self.features(x, valid, tell, **given))  # type: ignore[no-any-return]
 
-    def features(self, x: Tensor, valid: Tensor | None = None, **given: Any) -> Tensor:
+    def features(self, x: Tensor, valid: Tensor | None = None, tell: bool = False, **given: Any) -> Tensor:
         """Return what the last layer gets."""
         x = x if self.is_cnn else x.flatten(1)
-        for linear, norm in zip(self.linears, self.norms, strict=True):
-            x = torch.relu(norm(linear(x), **given))
+        for i, (linear, norm) in enumerate(zip(self.linears, self.norms, strict=True)):
+            if i and self.is_cnn:
+                x = F.max_pool2d(x, 2)
+                valid = None if valid is None else valid[:, ::2, ::2]
+            x = torch.relu(norm(linear(x), **(given | {"mask": valid} if tell else given)))
             x = x if valid is None else x * valid[:, None]
-        if not self.is_cnn:
-            return x
-        return x.mean((2, 3)) if valid is None else x.sum((2, 3)) / valid.sum((1, 2))[:, None]
+        return x[..., :4, :4].flatten(1) if self.is_cnn else x
 
 
 def _conv(inputs: int, outputs: int) -> nn.Module:
@@ -94,12 +95,10 @@ def step(network: nn.Module, x: Tensor, y: Tensor, _: At) -> Tensor:
 
 
 def padded_step(network: nn.Module, x: Tensor, y: Tensor, at: At, tell: bool) -> Tensor:
-    """Pad the batch with zeros to a size drawn for each step; tell the layers which places are valid, or not."""
-    size = int(np.random.default_rng((at.seed, at.step)).integers(x.shape[-1], WIDEST + 1))
-    more = size - x.shape[-1]
+    """Pad the batch with zeros by a number of places drawn for each step; tell the layers which are valid, or not."""
+    more = 2 * int(np.random.default_rng((at.seed, at.step)).integers(MOST_PADDING // 2 + 1))
     valid = F.pad(torch.ones_like(x[:, 0], dtype=torch.bool), (0, more, 0, more))
-    given = {"mask": valid} if tell else {}
-    return _backward(F.cross_entropy(network(F.pad(x, (0, more, 0, more)), valid, **given), y))
+    return _backward(F.cross_entropy(network(F.pad(x, (0, more, 0, more)), valid, tell), y))
 
 
 def weighted_step(network: nn.Module, x: Tensor, y: Tensor, at: At, copies: bool) -> Tensor:
@@ -251,7 +250,7 @@ def outcome(recipe: Recipe, split: Split, seed: int) -> dict[str, Any]:
 
 
 def fit(network: Network, recipe: Recipe, split: Split, seed: int) -> None:
-    """Train by stochastic gradient descent; a step whose loss is not finite is not taken."""
+    """Train by stochastic gradient descent, with a rate that falls to zero; a step whose loss is not finite is not taken."""
     x = torch.from_numpy(split.x_train[: recipe.rows] / BRIGHTEST)
     x, y = x.flip(-1) if recipe.mirrored else x, torch.from_numpy(split.y_train[: recipe.rows])
     decay = recipe.weight_decay
@@ -260,6 +259,9 @@ def fit(network: Network, recipe: Recipe, split: Split, seed: int) -> None:
     batches = recipe.batches(y, recipe.batch_size, np.random.default_rng(seed))
     network.train()
     for number, rows in enumerate(islice(batches, recipe.steps)):
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[-1]["lr"] = recipe.learning_rate * (
+            1 - number / recipe.steps
+        )
         optimizer.zero_grad()
         loss = recipe.step(network, x[rows], y[rows], At(seed, number, recipe.steps, rows))
         if torch.isfinite(loss):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from batchnorm.arrays import Array, expand, namespace, reduced_axes, widen
 from batchnorm.errors import OptionError, ShapeError
 
-__all__ = ["Axes", "Batch", "ghost_batches", "groups", "only_valid", "valid_weights"]
+__all__ = ["Axes", "Batch", "ghost_batches", "groups", "only_valid", "over_axes", "valid_weights"]
 
 Axes = str | int | Sequence[int]
 
@@ -67,13 +67,13 @@ def ghost_batches(samples: int, size: int | None) -> list[slice]:
 def valid_weights(x: Array, axes: tuple[int, ...], mask: Array | None, sample_weight: Array | None) -> Array | None:
     """Return mask times weights, of full size along the reduced axes and of size 1 along the others."""
     wide = widen(x[:0]).dtype
-    weight = None if mask is None else namespace(x).astype(_over_axes(mask, x, axes, "mask"), wide)
+    weight = None if mask is None else namespace(x).astype(over_axes(mask, x, axes, "mask"), wide)
     if sample_weight is not None:
         if sample_weight.ndim == 1:
             first = [1] * len(axes)
             first[0] = sample_weight.shape[0]
             sample_weight = namespace(x).reshape(sample_weight, tuple(first))
-        frequency = namespace(x).astype(_over_axes(sample_weight, x, axes, "sample_weight"), wide)
+        frequency = namespace(x).astype(over_axes(sample_weight, x, axes, "sample_weight"), wide)
         weight = frequency if weight is None else weight * frequency
     return weight
 
@@ -83,10 +83,10 @@ def only_valid(values: Array, mask: Array | None, axes: tuple[int, ...]) -> Arra
     if mask is None:
         return values
     xp = namespace(values)
-    return xp.where(_over_axes(mask, values, axes, "mask"), values, xp.zeros_like(values))
+    return xp.where(over_axes(mask, values, axes, "mask"), values, xp.zeros_like(values))
 
 
-def _over_axes(v: Array, x: Array, axes: tuple[int, ...], name: str) -> Array:
+def over_axes(v: Array, x: Array, axes: tuple[int, ...], name: str) -> Array:
     """Broadcast ``v`` to the reduced axes of ``x`` and give it size 1 along the others."""
     xp, sizes = namespace(x), tuple(x.shape[i] for i in axes)
     if name == "mask" and not xp.isdtype(v.dtype, "bool"):

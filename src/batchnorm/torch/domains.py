@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from batchnorm.errors import OptionError
+from batchnorm.torch.options import read_domains
 from batchnorm.torch.surgery import convert, named_layers
 
 __all__ = ["add_domains", "domain"]
@@ -31,9 +32,9 @@ def add_domains(model: nn.Module, names: Iterable[str]) -> nn.Module:
         >>> list(add_domains(nn.BatchNorm1d(2, affine=False), ["target"]).state_dict())[3:]
         ['running_mean_target', 'running_var_target', 'num_batches_tracked_target']
     """
-    wanted = tuple(names)
+    wanted = read_domains(names)
     convert(model)
-    known = {name for _, layer in named_layers(model) for name in layer.options.domains}
+    known = [name for _, layer in named_layers(model) for name in layer.options.domains]
     return convert(model, domains=tuple(dict.fromkeys([*known, *wanted])))
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from batchnorm.errors import BatchNormError, ChannelError, OptionError, ShapeError
-from batchnorm.functional import batch_norm_example_inference, ghost_batches
+from batchnorm.functional import Renorm, batch_norm_example_inference, ghost_batches
 from batchnorm.moments import Moments
 from batchnorm.torch import ops
 from batchnorm.torch.naming import describe
@@ -134,7 +134,7 @@ class BatchNorm(Tracking):
             return None
         if not self.training:
             return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, self.eps, False)
-        if values == channels:
+        if values == channels or mean.element_size() < 4:
             return None
         momentum = 1 / (batches.item() + 1) if self.momentum is None else self.momentum
         if recomputing():
@@ -154,7 +154,7 @@ class BatchNorm(Tracking):
         else:
             y = self._normalize_batch(x, weights)
         if residual is not None:
-            y = y + residual
+            y = weights.only_valid(y + residual)
         if self.options.activation is not None:
             y = ACTIVATIONS[self.options.activation](y)
         return weights.only_valid(y)
@@ -182,11 +182,16 @@ class BatchNorm(Tracking):
         return y
 
     def _evaluate(self, x: Tensor, weights: Weights) -> Tensor:
+        x = weights.only_valid(x)
         mean, var, _ = self.running()
+        if self.training:
+            # the backward needs them as they are now
+            mean, var = mean.clone(), var.clone()
         if self.options.example_weight == 0:
-            y = torch.batch_norm(
-                x, self.weight, self.bias, mean, var, False, 0.0, self.eps, torch.backends.cudnn.enabled
-            )
+            weight, bias = self.weight, self.bias
+            if self.options.wide_statistics:
+                weight, bias = (v if v is None else v.to(mean.dtype) for v in (weight, bias))
+            y = torch.batch_norm(x, weight, bias, mean, var, False, 0.0, self.eps, torch.backends.cudnn.enabled)
         else:
             y = batch_norm_example_inference(
                 x, mean, var, self.weight, self.bias,
@@ -198,23 +203,28 @@ class BatchNorm(Tracking):
         valid = weights.valid_places(x)
         if valid == 1:
             return self._normalize_single(x, weights)
+        state = self._renorm_state(x)
         if self.options.virtual_batch_size is not None and not weights:
             size = self.options.virtual_batch_size
-            parts = [self._normalize_group(x[part], weights) for part in ghost_batches(len(x), size)]
+            parts = [self._normalize_group(x[part], weights, state) for part in ghost_batches(len(x), size)]
             y = torch.cat([y for y, _ in parts]) if len(parts) > 1 else parts[0][0]
             moments = Moments.empty().merge(*(moments for _, moments in parts))
         else:
-            y, moments = self._normalize_group(x, weights)
+            y, moments = self._normalize_group(x, weights, state)
         if valid != 0:
             self.observe(moments)
         return y
 
-    def _normalize_group(self, x: Tensor, weights: Weights) -> tuple[Tensor, Moments]:
-        renorm = self.options.renorm if self.training and self._buffers["running_mean"] is not None else None
-        state = None
-        if renorm is not None:
-            batches = self.running()[2]
-            state = self.remember(x, renorm.bounds(int(batches)))
+    def _renorm_state(self, x: Tensor) -> tuple[Tensor, Tensor, Renorm] | None:
+        """Return what batch renormalization corrects towards, and how far; ``None`` where it is off."""
+        renorm, (mean, _, batches) = self.options.renorm, self.running()
+        if renorm is None or mean is None or not self.training:
+            return None
+        return self.remember(x, renorm.bounds(int(batches)))
+
+    def _normalize_group(
+        self, x: Tensor, weights: Weights, state: tuple[Tensor, Tensor, Renorm] | None
+    ) -> tuple[Tensor, Moments]:
         if weights:
             return ops.normalize_weighted(
                 x, self.weight, self.bias, self.eps, mask=weights.mask, sample_weight=weights.sample_weight,
@@ -279,6 +289,7 @@ class BatchNorm1d(BatchNorm, nn.BatchNorm1d):
         total_variance: keep the variance between batches in the running variance too.
         example_weight: share of an example's own statistics in evaluation (needs spatial axes).
         domains: names of further running statistics, with the same γ and β; chosen by `domain`.
+        wide_statistics: keep the running statistics in float32 when ``.half()`` or ``.bfloat16()`` casts the module.
 
     Raises:
         ShapeError: an input of another rank, or one value a channel in training (a ``ValueError``).

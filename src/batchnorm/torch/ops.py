@@ -38,10 +38,16 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float)
         # functorch differentiates to any order and through any nesting, ATen's formulas do not
         step = batch_norm_train(x, weight, bias, eps=eps)
         return step.y, step.moments
-    if not is_eager(x) or not in_rows(x):
+    if not is_eager(x):
         return _native(x, weight, bias, eps)
-    if forward_ad._current_level >= 0:
+    x = _dense(x)
+    if not in_rows(x) or forward_ad._current_level >= 0:
         return _native(x, weight, bias, eps)
+    rows = x.numel() // x.shape[1]
+    if rows <= FEW_ROWS:
+        y, moments = _native(x, weight, bias, eps)
+        if are_near(moments.mean, (moments.variance + eps).rsqrt(), rows):
+            return y, moments
     y, moments = normalize_rows(x, weight, bias, eps)
     return y, Moments(moments.count, torch.from_numpy(moments.mean), torch.from_numpy(moments.m2))
 
@@ -53,6 +59,7 @@ def normalize_in_place(
 
     Returns ``None``, and changes nothing, if something is not finite.
     """
+    x = _dense(x)
     rows = x.numel() // len(mean) if in_rows(x) else 0
     if rows > FEW_ROWS:
         return _rows_in_place(x, weight, bias, mean, var, momentum, eps)
@@ -159,6 +166,7 @@ class _Definition(torch.autograd.Function):
         return g.dx, dgamma, None if ctx.bias is None else g.dbeta.to(ctx.bias), None, None, None, None, None
 
 
+@np.errstate(all="ignore")
 def _rows_in_place(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, momentum: float, eps: float
 ) -> Tensor | None:
@@ -171,6 +179,11 @@ def _rows_in_place(
     for running, batch in ((mean, batch_mean), (var, batch_var)):
         running.numpy()[:] += momentum * (batch - running.numpy())
     return y
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Return ``x`` in a layout that ATen sums exactly, which strides of another order are not."""
+    return x if x.is_contiguous() or in_rows(x) else x.contiguous()
 
 
 def _is_finite(var: Tensor, weight: Tensor | None) -> bool:

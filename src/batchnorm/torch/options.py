@@ -11,7 +11,7 @@ from torch import nn
 from batchnorm.errors import OptionError
 from batchnorm.functional import Renorm
 
-__all__ = ["ACTIVATIONS", "Options", "RenormSchedule"]
+__all__ = ["ACTIVATIONS", "Options", "RenormSchedule", "read_domains"]
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": nn.functional.relu,
@@ -78,6 +78,7 @@ class Options:
     total_variance: bool = False
     example_weight: float = 0.0
     domains: tuple[str, ...] = ()
+    wide_statistics: bool = False
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> "Options":
@@ -90,13 +91,16 @@ class Options:
         if unknown:
             known = ", ".join(field.name for field in fields(cls))
             raise OptionError(f"unknown option {', '.join(unknown)}: the options are {known}")
-        return cls(**{**given, "renorm": _renorm(given.get("renorm")), "domains": tuple(given.get("domains", ()))})
+        return cls(
+            **{**given, "renorm": _renorm(given.get("renorm")), "domains": read_domains(given.get("domains", ()))}
+        )
 
     def __post_init__(self) -> None:
         if self.activation is not None and self.activation not in ACTIVATIONS:
             raise OptionError(f"activation must be None or one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
-        if self.virtual_batch_size is not None and self.virtual_batch_size < 2:
-            raise OptionError(f"virtual_batch_size must be at least 2 samples, got {self.virtual_batch_size}")
+        size = self.virtual_batch_size
+        if size is not None and not (type(size) is int and size >= 2):
+            raise OptionError(f"virtual_batch_size must be None or an integer of at least 2 samples, got {size!r}")
         if self.on_single not in ("error", "running", "skip"):
             raise OptionError(f"on_single must be 'error', 'running' or 'skip', got {self.on_single!r}")
         if not 0 <= self.example_weight <= 1:
@@ -120,6 +124,7 @@ class Options:
                 "total_variance": self.total_variance,
                 "example_weight": self.example_weight > 0,
                 "domains": bool(self.domains),
+                "wide_statistics": self.wide_statistics,
             }
             for name, given in need.items():
                 if given:
@@ -134,6 +139,17 @@ class Options:
             for field in fields(self)
             if getattr(self, field.name) != field.default
         }
+
+
+def read_domains(names: Any) -> tuple[str, ...]:
+    """Return the names of domains as a tuple.
+
+    Raises:
+        OptionError: a single word, which would be read letter by letter.
+    """
+    if isinstance(names, str):
+        raise OptionError(f"domains must be a list of names, got {names!r}: write [{names!r}]")
+    return tuple(names)
 
 
 def _renorm(given: Any) -> RenormSchedule | None:

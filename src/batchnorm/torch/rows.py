@@ -53,6 +53,7 @@ def over_channels(v: Tensor, x: Tensor) -> Tensor:
 
 class _NormalizeRows(torch.autograd.Function):
     @staticmethod
+    @np.errstate(all="ignore")
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, found: list[Moments]
     ) -> Tensor:
@@ -74,6 +75,7 @@ class _NormalizeRows(torch.autograd.Function):
         return dx, dgamma, None if ctx.bias is None else dbeta.to(ctx.bias), None, None
 
 
+@np.errstate(all="ignore")
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, moments: Moments, eps: float, needs_dx: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -98,6 +100,8 @@ def _backward(
     return dx, torch.from_numpy(dgamma), torch.from_numpy(dbeta)
 
 
+# inf and NaN are looked for at the end
+@np.errstate(all="ignore")
 def _moments(rows: Tensor) -> Moments:
     moments = _moments_of_columns(rows)
     if not bool((moments.mean**2 > FAR_COLUMNS**2 * moments.variance).any()):

@@ -28,6 +28,7 @@ _STATE = (
     "_warned",
     "_skipped",
     "_seen",
+    "_seen_again",
     "_plain",
 )
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 
-from batchnorm.errors import BatchNormWarning, TransformError
+from batchnorm.errors import BatchNormWarning, OptionError, TransformError
 from batchnorm.functional import Renorm, update_running
 from batchnorm.moments import Moments
 from batchnorm.torch.naming import describe
@@ -17,7 +17,8 @@ from batchnorm.torch.options import Options
 
 __all__ = ["Tracking", "recomputing"]
 
-REMEMBERED_FORWARDS = 16
+# of one step; a layer is rarely called more often before its backward
+REMEMBERED_FORWARDS = 256
 
 
 def recomputing() -> bool:
@@ -45,6 +46,7 @@ class Tracking(nn.Module):
     _warned: bool = False
     _skipped: Tensor | None = None
     _seen: Any = None
+    _seen_again: bool = False
 
     def _make_state(self) -> None:
         """Register the statistics of domains, and start to count."""
@@ -64,7 +66,12 @@ class Tracking(nn.Module):
             self.register_buffer(f"{name}_{domain}", source.clone())
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items() if self.options.wide_statistics else ():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.is_floating_point() and new.element_size() < 4:
+                self._buffers[name] = old.to(new.device)
         self._skipped = None if self._skipped is None else fn(self._skipped)
         return self
 
@@ -80,6 +87,8 @@ class Tracking(nn.Module):
 
     @domain.setter
     def domain(self, name: str | None) -> None:
+        if name is not None and name not in self.options.domains:
+            raise OptionError(f"domain must be None or one of {self.options.domains}, got {name!r}: add_domains first")
         self._domain = name
         self.settle()
 
@@ -133,7 +142,10 @@ class Tracking(nn.Module):
         if self.momentum is None:
             return 1 / (steps + 1)
         momentum = float(self.momentum(steps)) if callable(self.momentum) else float(self.momentum)
-        return momentum / (1 - (1 - momentum) ** (steps + 1)) if self.options.debias and momentum > 0 else momentum
+        if not self.options.debias or momentum <= 0:
+            return momentum
+        # rounding must not leave a trace of the initial values either
+        return min(1.0, momentum / (1 - (1 - momentum) ** (steps + 1)))
 
     def skip_update(self) -> None:
         """Count a batch that was left out, and say so once."""
@@ -189,7 +201,7 @@ class Tracking(nn.Module):
             return 1 / (batches + 1).double()
         if not self.options.debias:
             return self.momentum
-        return self.momentum / (1 - (1 - self.momentum) ** (batches + 1).double())
+        return (self.momentum / (1 - (1 - self.momentum) ** (batches + 1).double())).clamp(max=1.0)
 
     def _moved(self, mean: Any, var: Any, moments: Moments, decay: Any) -> tuple[Tensor, Tensor]:
         kept = {"unbiased": self.options.unbiased, "total_variance": self.options.total_variance}
@@ -200,14 +212,15 @@ class Tracking(nn.Module):
     def remember(self, x: Tensor, bounds: Renorm) -> tuple[Tensor, Tensor, Renorm]:
         """Return running mean, variance and bounds for a forward on ``x``; the same ones when it is run again."""
         if recomputing():
-            for key, *found in self._seen or ():
+            self._seen_again = True
+            for key, mean, var, kept in reversed(self._seen or ()):
                 if torch.equal(key, _fingerprint(x)):
-                    mean, var, bounds = found
-                    return mean, var, bounds
+                    return mean, var, kept
         mean, var, _ = self.running()
         state = (mean.clone(), var.clone(), bounds)
         if is_eager(x):
-            self._seen = deque(maxlen=REMEMBERED_FORWARDS) if self._seen is None else self._seen
+            if self._seen is None or self._seen_again:
+                self._seen, self._seen_again = deque(maxlen=REMEMBERED_FORWARDS), False
             self._seen.append((_fingerprint(x), *state))
         return state
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import OptionError, ShapeError
-from batchnorm.functional.groups import only_valid, valid_weights
+from batchnorm.functional.groups import only_valid, over_axes, valid_weights
 from batchnorm.torch.ops import is_eager
 
 __all__ = ["Weights"]
@@ -26,14 +26,16 @@ class Weights(NamedTuple):
             ShapeError: what does not fit ``x``.
             OptionError: weights that are negative, not finite or all zero; lengths beyond the last axis.
         """
-        if lengths is not None:
-            valid = _mask_of_lengths(lengths, x)
-            mask = valid if mask is None else mask & valid
         if mask is not None and mask.ndim == 1 and x.ndim > 2:
             raise ShapeError(
                 f"mask must have the axes (N, *spatial) of an input of shape {tuple(x.shape)}, got {tuple(mask.shape)}: "
                 f"for whole samples give mask.view(-1{', 1' * (x.ndim - 2)})"
             )
+        if mask is not None:
+            over_axes(mask, x, _reduced(x), "mask")
+        if lengths is not None:
+            valid = _mask_of_lengths(lengths, x)
+            mask = valid if mask is None else mask & valid
         weights = cls(mask, sample_weight)
         if sample_weight is not None and is_eager(sample_weight) and x.numel():
             weights._check_values(x)
@@ -79,7 +81,7 @@ def _reduced(x: Tensor) -> tuple[int, ...]:
 def _mask_of_lengths(lengths: Tensor, x: Tensor) -> Tensor:
     if x.ndim < 3:
         raise ShapeError(f"lengths count places along a last axis, but the input has none: shape {tuple(x.shape)}")
-    if lengths.shape != x.shape[:1] or lengths.dtype.is_floating_point:
+    if lengths.shape != x.shape[:1] or lengths.dtype.is_floating_point or lengths.dtype is torch.bool:
         raise ShapeError(
             f"lengths must be integers, one for each of the {len(x)} samples, got shape {tuple(lengths.shape)} of "
             f"{lengths.dtype}"
