@@ -74,7 +74,7 @@ def run(out: Path, *, quick: bool = False) -> LayersBench:
 
 
 def _cases(quick: bool) -> list[tuple[str, tuple[int, ...], str]]:
-    images = [(32, channels, size, size) for channels, size in RESNET_50]
+    images: list[tuple[int, ...]] = [(32, channels, size, size) for channels, size in RESNET_50]
     cases = [(f"ResNet-50, {layout}", shape, layout) for layout in LAYOUTS for shape in images]
     cases += [("MLP", shape, "contiguous") for shape in MLP]
     return [case for case in cases if torch.Size(case[1]).numel() < 1e6] if quick else cases
@@ -146,7 +146,7 @@ def _refuse_wrong(row: dict[str, Any], dtype: torch.dtype) -> None:
 
 
 def _ratio(row: dict[str, Any], name: str) -> float:
-    return median(ours / theirs for ours, theirs in zip(row[name], row["torch"], strict=True))
+    return float(median(ours / theirs for ours, theirs in zip(row[name], row["torch"], strict=True)))
 
 
 def _ratios(rows: list[dict[str, Any]], name: str) -> str:

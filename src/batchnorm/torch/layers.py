@@ -169,7 +169,7 @@ class BatchNorm(Tracking):
             raise ShapeError(
                 f"residual must have the shape of the input, {tuple(x.shape)}, got {tuple(residual.shape)}"
             )
-        if ops.is_eager(x) and self.weight is not None and not bool(torch.isfinite(self.weight).all()):
+        if ops.is_eager(x) and self.weight is not None and not bool(torch.isfinite(self.weight.detach()).all()):
             raise OptionError(
                 "γ must be finite, it holds inf or NaN: go back to a checkpoint and lower the learning rate"
             )
@@ -183,10 +183,8 @@ class BatchNorm(Tracking):
 
     def _evaluate(self, x: Tensor, weights: Weights) -> Tensor:
         x = weights.only_valid(x)
-        mean, var, _ = self.running()
-        if self.training:
-            # the backward needs them as they are now
-            mean, var = mean.clone(), var.clone()
+        # in training they move on before the backward needs them
+        mean, var, _ = self.remember(x, None) if self.training else self.running()
         if self.options.example_weight == 0:
             weight, bias = self.weight, self.bias
             if self.options.wide_statistics:

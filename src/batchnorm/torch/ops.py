@@ -124,9 +124,12 @@ def _native(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -
     weight, bias = (v if v is None or v.element_size() > 2 else v.float() for v in (weight, bias))
     dtype = torch.float32 if x.element_size() < 4 else x.dtype
     mean, var = x.new_zeros(2, x.shape[1], dtype=dtype).unbind()
-    y = torch.batch_norm(x, weight, bias, mean, var, True, 1.0, eps, torch.backends.cudnn.enabled)
     if is_eager(x):
+        # the node that `normalize_in_place` makes, so that one of them can be run again as the other
+        y, *_ = torch.native_batch_norm(x, weight, bias, mean, var, True, 1.0, eps)
         _derive_to_any_order(y)
+    else:
+        y = torch.batch_norm(x, weight, bias, mean, var, True, 1.0, eps, torch.backends.cudnn.enabled)
     m2 = var.double() * (count - 1) if count > 1 else torch.zeros_like(var, dtype=torch.float64)
     return y, Moments(count, mean.double(), m2)
 
@@ -202,11 +205,13 @@ def _exact_derivative(grad_inputs: tuple[Tensor | None, ...], grad_outputs: tupl
     )
 
 
-def _when_derived_again(dy: Tensor) -> None:
-    """Hook the node that this gradient reaches, if it is asked for a graph of its own."""
+def _before_backward(dy: Tensor | None) -> Tensor | None:
+    """Prepare the node that this gradient reaches."""
     if torch.is_grad_enabled():
         node: Any = torch._C._current_autograd_node()
         node.metadata["exact"] = node.register_hook(_exact_derivative)
+    # gradients in strides of another order are summed in half precision by ATen
+    return None if dy is None or dy.is_contiguous() or in_rows(dy) else dy.contiguous()
 
 
 def _derive_to_any_order(y: Tensor) -> None:
@@ -216,4 +221,4 @@ def _derive_to_any_order(y: Tensor) -> None:
 
 # Hooking each output costs a tenth of a small layer's time; a node borrows the hooks of this tensor at next to none.
 _CARRIER: Any = torch.zeros((), requires_grad=True)
-_CARRIER._backward_hooks = OrderedDict({0: _when_derived_again})
+_CARRIER._backward_hooks = OrderedDict({0: _before_backward})

@@ -38,6 +38,16 @@ class RenormSchedule:
         start: steps of plain batch normalization, while the running statistics settle.
         dmax_at: step at which ``dmax`` is reached.
         rmax_at: step at which ``rmax`` is reached.
+
+    Raises:
+        OptionError: ``rmax`` below 1, ``dmax`` below 0, or steps that are out of order.
+
+    Example:
+        >>> RenormSchedule(rmax=3.0, dmax=5.0, start=0, dmax_at=10, rmax_at=10).bounds(5)
+        Renorm(rmax=2.0, dmax=2.5)
+
+    Reference:
+        Ioffe: Batch renormalization, 2017 (arXiv:1702.03275), section 4.1.
     """
 
     rmax: float = 3.0
@@ -99,8 +109,10 @@ class Options:
         if self.activation is not None and self.activation not in ACTIVATIONS:
             raise OptionError(f"activation must be None or one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
         size = self.virtual_batch_size
-        if size is not None and not (type(size) is int and size >= 2):
-            raise OptionError(f"virtual_batch_size must be None or an integer of at least 2 samples, got {size!r}")
+        if size is not None and type(size) is not int:
+            raise OptionError(f"virtual_batch_size must be None or an integer, got {size!r}")
+        if size is not None and size < 2:
+            raise OptionError(f"virtual_batch_size must be at least 2 samples, got {size}")
         if self.on_single not in ("error", "running", "skip"):
             raise OptionError(f"on_single must be 'error', 'running' or 'skip', got {self.on_single!r}")
         if not 0 <= self.example_weight <= 1:

@@ -57,12 +57,13 @@ class _NormalizeRows(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, found: list[Moments]
     ) -> Tensor:
-        moments = _moments(_rows(x))
+        moments, shift = _moments(_rows(x))
         found.append(moments)
-        mean, var = _tensors(_wide(x), moments.mean, moments.variance)
+        near, mean = _shifted(x, moments.mean, shift)
         ctx.save_for_backward(x, weight)
-        ctx.eps, ctx.moments, ctx.bias = eps, moments, None if bias is None else bias.dtype
-        return torch.batch_norm(x, _full(weight), _full(bias), mean, var, False, 0.0, eps, False)
+        ctx.eps, ctx.moments, ctx.shift, ctx.bias = eps, moments, shift, None if bias is None else bias.dtype
+        fixed_mean, var = _tensors(_wide(x), mean, moments.variance)
+        return torch.batch_norm(near, _full(weight), _full(bias), fixed_mean, var, False, 0.0, eps, False).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -70,9 +71,17 @@ class _NormalizeRows(torch.autograd.Function):
         if torch.is_grad_enabled():
             dx, dgamma, dbeta = batch_norm_backward(dy, x, weight, eps=ctx.eps)
         else:
-            dx, dgamma, dbeta = _backward(dy, x, weight, ctx.moments, ctx.eps, ctx.needs_input_grad[0])
+            near, mean = _shifted(x, ctx.moments.mean, ctx.shift)
+            moments = Moments(ctx.moments.count, mean, ctx.moments.m2)
+            dx, dgamma, dbeta = _backward(dy, near, weight, moments, ctx.eps, ctx.needs_input_grad[0])
+            dx = None if dx is None else dx.to(x.dtype)
         dgamma = None if weight is None else dgamma.to(weight.dtype)
         return dx, dgamma, None if ctx.bias is None else dbeta.to(ctx.bias), None, None
+
+
+def _shifted(x: Tensor, mean: NDArray[Any], shift: Tensor | None) -> tuple[Tensor, NDArray[Any]]:
+    """Return the batch and its mean nearer to zero, where it was found to lie far."""
+    return (x, mean) if shift is None else (x - over_channels(shift, x), mean - shift.numpy())
 
 
 @np.errstate(all="ignore")
@@ -102,13 +111,14 @@ def _backward(
 
 # inf and NaN are looked for at the end
 @np.errstate(all="ignore")
-def _moments(rows: Tensor) -> Moments:
+def _moments(rows: Tensor) -> tuple[Moments, Tensor | None]:
+    """Return the Moments, and what the rows were shifted by if they lie far from zero."""
     moments = _moments_of_columns(rows)
     if not bool((moments.mean**2 > FAR_COLUMNS**2 * moments.variance).any()):
-        return moments
+        return moments, None
     (shift,) = _tensors(_wide(rows), moments.mean)
     shifted = _moments_of_columns(rows - shift)
-    return Moments(shifted.count, shifted.mean + shift.numpy(), shifted.m2)
+    return Moments(shifted.count, shifted.mean + shift.numpy(), shifted.m2), shift
 
 
 def _moments_of_columns(rows: Tensor) -> Moments:

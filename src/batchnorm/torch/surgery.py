@@ -53,7 +53,7 @@ def convert(model: nn.Module, **options: Any) -> nn.Module:
     Example:
         >>> from torch import nn
         >>> convert(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), on_single="skip")[1]
-        BatchNorm1d(3, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, on_single='skip')
+        BatchNorm1d(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True, on_single='skip')
     """
     found: list[tuple[str, Any]] = [
         (name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)
@@ -93,7 +93,7 @@ def revert(model: nn.Module) -> nn.Module:
     Example:
         >>> from torch import nn
         >>> revert(convert(nn.BatchNorm2d(3)))
-        BatchNorm2d(3, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+        BatchNorm2d(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
     """
     layers = list(named_layers(model))
     for name, layer in layers:

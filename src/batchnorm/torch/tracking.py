@@ -209,8 +209,8 @@ class Tracking(nn.Module):
 
     # renormalization reads the running statistics, which have moved on when a checkpointed forward is run again
 
-    def remember(self, x: Tensor, bounds: Renorm) -> tuple[Tensor, Tensor, Renorm]:
-        """Return running mean, variance and bounds for a forward on ``x``; the same ones when it is run again."""
+    def remember(self, x: Tensor, bounds: Renorm | None) -> tuple[Tensor, Tensor, Any]:
+        """Return a copy of running mean and variance, and the bounds, for a forward on ``x``; the same when it is run again."""
         if recomputing():
             self._seen_again = True
             for key, mean, var, kept in reversed(self._seen or ()):
