@@ -118,15 +118,19 @@ class BatchNorm(Tracking):
 
     def _leaf_of(self, x: Any, **arguments: Any) -> Any:
         """Show symbolic tracing one leaf, which it knows torch's own layers to be."""
+        if x.tracer.root is self:
+            raise fx.proxy.TraceError(f"{describe(self)} is a leaf: trace a model that holds it")
         given = {name: v for name, v in arguments.items() if v is not None}
         return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), given)
 
     def _forward_plain(self, x: Tensor) -> Tensor | None:
         """Do it in one call of ATen's; ``None`` where that is not exact, not possible or not right."""
+        if not ops.is_eager(x):
+            return None
         channels, values = x.shape[1], x.numel()
         # a dict is quicker to ask than a module
         parameters, buffers = self._parameters, self._buffers
-        if channels != self.num_features or values == 0 or "weight" not in parameters or not ops.is_eager(x):
+        if channels != self.num_features or values == 0 or "weight" not in parameters or self.eps <= 0:
             return None
         weight, bias = parameters["weight"], parameters["bias"]
         mean, var, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
@@ -134,7 +138,7 @@ class BatchNorm(Tracking):
             return None
         if not self.training:
             return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, self.eps, False)
-        if values == channels or mean.element_size() < 4:
+        if values == channels or mean.element_size() < 4 or not self.track_running_stats:
             return None
         momentum = 1 / (batches.item() + 1) if self.momentum is None else self.momentum
         if recomputing():
@@ -146,8 +150,11 @@ class BatchNorm(Tracking):
         return y
 
     def _forward(self, x: Tensor, weights: Weights, residual: Tensor | None) -> Tensor:
-        self._check_values(x, residual)
-        if x.numel() == 0:
+        # a trace would keep what is compared for good
+        traced = torch._C._get_tracing_state() is not None
+        if not traced:
+            self._check_values(x, residual)
+        if not traced and x.numel() == 0:
             y = self._normalize_nothing(x)
         elif not self.normalizes_by_batch():
             y = self._evaluate(x, weights)
@@ -164,6 +171,12 @@ class BatchNorm(Tracking):
             raise ChannelError(
                 f"the input must have {self.num_features} channels on axis 1, running_mean should contain "
                 f"{x.shape[1]} elements not {self.num_features} for an input of shape {tuple(x.shape)}"
+            )
+        by_batch = self.normalizes_by_batch()
+        if self.eps < 0 or (by_batch and self.eps == 0):
+            # torch's own words
+            raise OptionError(
+                f"batch_norm eps must be {'positive during training' if by_batch else 'non-negative'}, but got {self.eps}"
             )
         if residual is not None and residual.shape != x.shape:
             raise ShapeError(
@@ -218,7 +231,7 @@ class BatchNorm(Tracking):
         renorm, (mean, _, batches) = self.options.renorm, self.running()
         if renorm is None or mean is None or not self.training:
             return None
-        return self.remember(x, renorm.bounds(int(batches)))
+        return self.remember(x, renorm.bounds(self.steps(batches)))
 
     def _normalize_group(
         self, x: Tensor, weights: Weights, state: tuple[Tensor, Tensor, Renorm] | None

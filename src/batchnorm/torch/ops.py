@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from batchnorm.functional import Renorm, batch_norm_backward, batch_norm_train
 from batchnorm.moments import Moments
-from batchnorm.torch.rows import FEW_ROWS, are_near, in_rows, normalize_rows, over_channels
+from batchnorm.torch.rows import FEW_ROWS, are_near, full, in_rows, normalize_rows, over_channels
 
 __all__ = ["is_eager", "normalize", "normalize_in_place", "normalize_weighted", "renormalize"]
 
@@ -34,7 +34,7 @@ def is_eager(x: Tensor) -> bool:
 
 def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Moments]:
     """Return `batch_norm_train` of ``x`` by the fastest way that is exact, and the Moments of the batch."""
-    if peek_interpreter_stack() is not None:
+    if peek_interpreter_stack() is not None and not torch.compiler.is_compiling():
         # functorch differentiates to any order and through any nesting, ATen's formulas do not
         step = batch_norm_train(x, weight, bias, eps=eps)
         return step.y, step.moments
@@ -120,8 +120,7 @@ def renormalize(
 def _native(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Moments]:
     """Normalize by ATen, which leaves the batch's statistics in buffers of our own: a step of momentum 1."""
     count = x.numel() // x.shape[1]
-    # statistics are never kept in half precision
-    weight, bias = (v if v is None or v.element_size() > 2 else v.float() for v in (weight, bias))
+    weight, bias = full(weight, x), full(bias, x)
     dtype = torch.float32 if x.element_size() < 4 else x.dtype
     mean, var = x.new_zeros(2, x.shape[1], dtype=dtype).unbind()
     if is_eager(x):

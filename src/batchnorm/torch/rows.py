@@ -14,7 +14,7 @@ from torch import Tensor
 from batchnorm.functional import batch_norm_backward
 from batchnorm.moments import Moments
 
-__all__ = ["FEW_ROWS", "are_near", "in_rows", "normalize_rows", "over_channels"]
+__all__ = ["FEW_ROWS", "are_near", "full", "in_rows", "normalize_rows", "over_channels"]
 
 # up to here ATen's sums are as exact as in its better layout, and one call of it costs less than several
 FEW_ROWS = 2048
@@ -63,7 +63,9 @@ class _NormalizeRows(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.eps, ctx.moments, ctx.shift, ctx.bias = eps, moments, shift, None if bias is None else bias.dtype
         fixed_mean, var = _tensors(_wide(x), mean, moments.variance)
-        return torch.batch_norm(near, _full(weight), _full(bias), fixed_mean, var, False, 0.0, eps, False).to(x.dtype)
+        return torch.batch_norm(near, full(weight, x), full(bias, x), fixed_mean, var, False, 0.0, eps, False).to(
+            x.dtype
+        )
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -73,7 +75,7 @@ class _NormalizeRows(torch.autograd.Function):
         else:
             near, mean = _shifted(x, ctx.moments.mean, ctx.shift)
             moments = Moments(ctx.moments.count, mean, ctx.moments.m2)
-            dx, dgamma, dbeta = _backward(dy, near, weight, moments, ctx.eps, ctx.needs_input_grad[0])
+            dx, dgamma, dbeta = _backward(dy, near, full(weight, x), moments, ctx.eps, ctx.needs_input_grad[0])
             dx = None if dx is None else dx.to(x.dtype)
         dgamma = None if weight is None else dgamma.to(weight.dtype)
         return dx, dgamma, None if ctx.bias is None else dbeta.to(ctx.bias), None, None
@@ -97,7 +99,7 @@ def _backward(
         # a sum of three terms in half precision costs a digit: ATen's own backward rounds once
         mean, invstd = _tensors(torch.float32, moments.mean, 1 / np.sqrt(moments.variance + eps))
         dx, *_ = torch.ops.aten.native_batch_norm_backward(
-            dy, x, _full(weight), None, None, mean, invstd, True, eps, [True, False, False]
+            dy, x, weight, None, None, mean, invstd, True, eps, [True, False, False]
         )
     else:
         inv = 1 / np.sqrt(moments.variance + eps)
@@ -173,9 +175,12 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float32 if x.element_size() < 4 else x.dtype
 
 
-def _full(v: Tensor | None) -> Tensor | None:
-    """Return a parameter in at least single precision, as ATen wants it beside statistics that are."""
-    return v if v is None or v.element_size() > 2 else v.float()
+def full(v: Tensor | None, x: Tensor) -> Tensor | None:
+    """Return a parameter in single precision where it shares half precision with ``x``: statistics are never kept in it.
+
+    Another mixture is left to ATen, which refuses it.
+    """
+    return v.float() if v is not None and v.dtype == x.dtype and v.element_size() == 2 else v
 
 
 def _tensors(dtype: torch.dtype, *arrays: NDArray[Any]) -> list[Tensor]:

@@ -2,6 +2,8 @@
 
 import warnings
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +26,19 @@ REMEMBERED_FORWARDS = 256
 def recomputing() -> bool:
     """Say whether this forward runs inside a backward pass: activation checkpointing is doing it for the second time."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+@contextmanager
+def _explaining_transforms() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if torch.compiler.is_compiling() or peek_interpreter_stack() is None:
+            raise
+        raise TransformError(
+            f"torch.func can't read or write running statistics that it was not given, or count by them ({error}): pass the "
+            "buffers to functional_call (vmap: stacked, and no schedule), or freeze(model), or track_running_stats=False"
+        ) from error
 
 
 class Tracking(nn.Module):
@@ -125,7 +140,8 @@ class Tracking(nn.Module):
 
     def observe(self, moments: Moments) -> None:
         """Move the running statistics by one batch, unless it is seen for the second time or is not finite."""
-        if not self.training or self.frozen_statistics or self._buffers.get("running_mean") is None or recomputing():
+        moves = self.training and self.track_running_stats and not self.frozen_statistics
+        if not moves or self._buffers.get("running_mean") is None or recomputing():
             return
         moments = Moments(moments.count, moments.mean.detach(), moments.m2.detach())
         if not is_eager(moments.mean):
@@ -136,6 +152,11 @@ class Tracking(nn.Module):
             self._update(moments)
         else:
             self._collected[self._domain] = self._collected.get(self._domain, Moments.empty()).merge(moments)
+
+    def steps(self, batches: Tensor) -> int:
+        """Return the number of batches so far, which schedules are read by; 0 where numbers have no values."""
+        with _explaining_transforms():
+            return 0 if batches.is_meta else int(batches)
 
     def step_weight(self, steps: int) -> float:
         """Return the weight of the batch that follows ``steps`` others."""
@@ -181,22 +202,15 @@ class Tracking(nn.Module):
         count = torch.as_tensor(moments.count, device=mean.device)
         seen = (count > 0).any()
         sound = torch.isfinite(new_mean).all() & torch.isfinite(new_var).all()
-        try:
+        with _explaining_transforms():
             for old, new in ((mean, new_mean), (var, new_var), (batches, batches + 1)):
                 old.copy_(torch.where(sound & seen, new, old))
-        except RuntimeError as error:
-            if peek_interpreter_stack() is None:
-                raise
-            raise TransformError(
-                f"torch.func can't write into running statistics that it was not given ({error}): pass the buffers to "
-                "functional_call (vmap: stacked), or freeze(model), or make the layer with track_running_stats=False"
-            ) from error
         if self._skipped is not None and not torch.compiler.is_exporting() and peek_interpreter_stack() is None:
             self._skipped.add_((~sound).long())
 
     def _step_weight_of(self, batches: Tensor) -> Any:
         if callable(self.momentum):
-            return self.step_weight(int(batches))
+            return self.step_weight(self.steps(batches))
         if self.momentum is None:
             return 1 / (batches + 1).double()
         if not self.options.debias:
