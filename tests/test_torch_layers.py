@@ -889,7 +889,8 @@ def test_torchscript_gets_torchs_layer(pair, options):
         assert type(layer) is pair.ours
 
 
-@cases(OPTIONS, ROWS_AND_IMAGES)
+# an example's own statistics are computed by the definition, whose checks of shapes a trace warns of
+@cases({name: options for name, options in OPTIONS.items() if "example_weight" not in options}, ROWS_AND_IMAGES)
 def test_traced_in_evaluation_a_layer_gives_the_same(pair, options):
     layer, (x, _) = pair.layer(options).eval(), pair.batch(options)
     other = pair.batch(options, shape=(7, *pair.shape[1:]))[0]

@@ -14,9 +14,16 @@ Array = Any
 """An array of any library that `array_api_compat` knows: NumPy, torch, JAX, ..."""
 
 
+# compilers that follow Python can read a dict, but warn of the cache that the other library keeps
+_namespaces: dict[type, Any] = {}
+
+
 def namespace(x: Array) -> Any:
     """Return the array API namespace of ``x`` (``array_api_compat.torch`` for a torch tensor, and so on)."""
-    return array_api_compat.array_namespace(x)
+    found = _namespaces.get(type(x))
+    if found is None:
+        found = _namespaces[type(x)] = array_api_compat.array_namespace(x)
+    return found
 
 
 def widen(x: Array) -> Array:

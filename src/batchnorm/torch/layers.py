@@ -211,6 +211,8 @@ class BatchNorm(Tracking):
         return weights.only_valid(y)
 
     def _normalize_batch(self, x: Tensor, weights: Weights) -> Tensor:
+        if torch._C._get_tracing_state() is not None and not weights and self._buffers["running_mean"] is None:
+            return torch.batch_norm(x, self.weight, self.bias, None, None, True, 0.0, self.eps, False)
         valid = weights.valid_places(x)
         if valid == 1:
             return self._normalize_single(x, weights)

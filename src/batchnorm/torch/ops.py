@@ -14,11 +14,16 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
+from batchnorm.arrays import namespace
 from batchnorm.functional import Renorm, batch_norm_backward, batch_norm_train
 from batchnorm.moments import Moments
 from batchnorm.torch.rows import FEW_ROWS, are_near, full, in_rows, normalize_rows, over_channels
 
 __all__ = ["is_eager", "normalize", "normalize_in_place", "normalize_weighted", "renormalize"]
+
+
+for _kind in (Tensor, torch.nn.Parameter):
+    namespace(_kind(torch.empty(0)))
 
 
 def is_eager(x: Tensor) -> bool:
