@@ -70,8 +70,8 @@ OURS = {
 OPTIONS: dict[str, dict[str, Any]] = TORCHS | OURS
 
 
-# a schedule and bounds that follow the number of batches are asked for in Python, which needs its value
-STATIC = {name: options for name, options in OPTIONS.items() if name not in ("schedule", "renorm")}
+# a schedule is asked in Python, which needs the value of the number of batches
+STATIC = {name: options for name, options in OPTIONS.items() if name != "schedule"}
 
 
 class Pair(NamedTuple):
@@ -843,7 +843,9 @@ def test_a_compiled_graph_normalizes_by_one_operator_and_holds_no_batch_in_float
     assert not any(v.shape == pair.shape and v.dtype == torch.float64 for v in tensors)
 
 
-@pytest.mark.parametrize("name", ["schedule", "renorm"])
+# dynamo looks at .grad of a tensor inside the graph when it goes on behind a break
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("name", ["schedule"])
 def test_compiled_with_breaks_an_option_gives_what_eager_gives(name):
     eager = IMAGES.layer(OPTIONS[name])
     compiled = copy.deepcopy(eager)

@@ -28,8 +28,8 @@ class Renorm(NamedTuple):
                [3.]])
     """
 
-    rmax: float
-    dmax: float
+    rmax: Any
+    dmax: Any
 
 
 class Normalized(NamedTuple):

@@ -216,7 +216,7 @@ class BatchNorm(Tracking):
         valid = weights.valid_places(x)
         if valid == 1:
             return self._normalize_single(x, weights)
-        state = self._renorm_state(x)
+        state = self._renorm_state(x, weights)
         if self.options.virtual_batch_size is not None and not weights:
             size = self.options.virtual_batch_size
             parts = [self._normalize_group(x[part], weights, state) for part in ghost_batches(len(x), size)]
@@ -228,12 +228,14 @@ class BatchNorm(Tracking):
             self.observe(moments)
         return y
 
-    def _renorm_state(self, x: Tensor) -> tuple[Tensor, Tensor, Renorm] | None:
+    def _renorm_state(self, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Renorm] | None:
         """Return what batch renormalization corrects towards, and how far; ``None`` where it is off."""
         renorm, (mean, _, batches) = self.options.renorm, self.running()
         if renorm is None or mean is None or not self.training:
             return None
-        return self.remember(x, renorm.bounds(self.steps(batches)))
+        if ops.is_eager(x) or weights:
+            return self.remember(x, renorm.bounds(self.steps(batches)))
+        return self.remember(x, renorm.bounds_branch_free(batches))
 
     def _normalize_group(
         self, x: Tensor, weights: Weights, state: tuple[Tensor, Tensor, Renorm] | None

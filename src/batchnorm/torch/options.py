@@ -68,6 +68,15 @@ class RenormSchedule:
             1 + self._progress(step, self.rmax_at, self.rmax - 1), self._progress(step, self.dmax_at, self.dmax)
         )
 
+    def bounds_branch_free(self, step: torch.Tensor) -> Renorm:
+        """Return the same bounds as tensors, where a look at ``step`` would break a graph."""
+
+        def progress(end: int, full: float) -> torch.Tensor:
+            part = ((step - self.start) / max(1, end - self.start)).clamp(0, 1)
+            return torch.where(step >= end, full, 0.0 if math.isinf(full) else part * full)
+
+        return Renorm(1 + progress(self.rmax_at, self.rmax - 1), progress(self.dmax_at, self.dmax))
+
     def _progress(self, step: int, end: int, full: float) -> float:
         if step >= end:
             return full
