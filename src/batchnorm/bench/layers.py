@@ -113,7 +113,8 @@ def _numerics(means: tuple[float, ...]) -> list[dict[str, Any]]:
     rows = []
     for dtype in DTYPES:
         for layout in LAYOUTS:
-            for mean in means:
+            # float16 ends at 65,504
+            for mean in (m for m in means if m < torch.finfo(dtype).max):
                 x = (torch.randn(32, 16, 14, 14) + mean).to(dtype)
                 row = {"dtype": str(dtype).removeprefix("torch."), "layout": layout, "mean": mean}
                 row["better"] = _errors(nn.BatchNorm2d(16), x)

@@ -11,7 +11,7 @@ from batchnorm.moments import Moments
 from batchnorm.torch import ops
 from batchnorm.torch.naming import describe
 from batchnorm.torch.options import ACTIVATIONS, Options
-from batchnorm.torch.tracking import Tracking, recomputing
+from batchnorm.torch.tracking import Tracking
 from batchnorm.torch.weights import Weights
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
@@ -141,8 +141,8 @@ class BatchNorm(Tracking):
         if values == channels or mean.element_size() < 4 or not self.track_running_stats:
             return None
         momentum = 1 / (batches.item() + 1) if self.momentum is None else self.momentum
-        if recomputing():
-            # the same kernel as the first time, on copies: what it saves must match
+        if torch._C._current_graph_task_id() != -1:
+            # run again by activation checkpointing: the same kernel as the first time, on copies: what it saves must match
             return ops.normalize_in_place(x, weight, bias, mean.clone(), var.clone(), momentum, self.eps)
         y = ops.normalize_in_place(x, weight, bias, mean, var, momentum, self.eps)
         if y is not None:

@@ -5,6 +5,7 @@ mean moves away from zero: see `rows`. ATen's derivatives are right up to the se
 definition gives them.
 """
 
+import math
 from collections import OrderedDict
 from typing import Any
 
@@ -64,14 +65,17 @@ def normalize_in_place(
 
     Returns ``None``, and changes nothing, if something is not finite.
     """
-    x = _dense(x)
-    rows = x.numel() // len(mean) if in_rows(x) else 0
+    if x.is_contiguous():
+        rows = x.shape[0] if x.ndim == 2 else 0
+    else:
+        x = _dense(x)
+        rows = x.numel() // x.shape[1] if in_rows(x) else 0
     if rows > FEW_ROWS:
         return _rows_in_place(x, weight, bias, mean, var, momentum, eps)
     before = torch.cat((mean, var))
     # without .data, DDP's broadcast into the buffers would invalidate what the backward has saved
     y, batch_mean, invstd = torch.native_batch_norm(x, weight, bias, mean.data, var.data, True, momentum, eps)
-    near = not rows or are_near(batch_mean, invstd, rows)
+    near = rows == 0 or are_near(batch_mean, invstd, rows)
     if near and _is_finite(var, weight):
         _derive_to_any_order(y)
         return y
@@ -195,8 +199,7 @@ def _dense(x: Tensor) -> Tensor:
 
 def _is_finite(var: Tensor, weight: Tensor | None) -> bool:
     # one product tells: 0 · inf and NaN stay NaN; an overflow of sound values only costs a second look
-    total = var.dot(var if weight is None or weight.dtype != var.dtype else weight.detach()).item()
-    return -torch.inf < total < torch.inf
+    return math.isfinite(var.dot(var if weight is None else weight.detach()).item())
 
 
 def _exact_derivative(grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor, ...]) -> Any:
