@@ -56,12 +56,12 @@ class _NormalizeRows(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, found: list[Moments]
     ) -> Tensor:
-        moments, shift = _moments(_rows(x))
+        moments, shift = _moments(x)
         found.append(moments)
         near, mean = _shifted(x, moments.mean, shift)
         ctx.save_for_backward(x, weight)
         ctx.eps, ctx.moments, ctx.shift, ctx.bias = eps, moments, shift, None if bias is None else bias.dtype
-        fixed_mean, var = _tensors(_wide(x), mean, moments.variance)
+        fixed_mean, var = _tensors(near, mean, moments.variance)
         return torch.batch_norm(near, full(weight, x), full(bias, x), fixed_mean, var, False, 0.0, eps, False).to(
             x.dtype
         )
@@ -91,44 +91,46 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return dx, dγ and dβ: sums over short columns, then ``dx = a·dy + b·x + c`` for each channel."""
     dy = dy.to(x.dtype).contiguous(memory_format=_memory_format(x))
-    dgamma, dbeta = _gradient_sums(_rows(dy), _rows(x), moments, eps)
+    variance = moments.variance
+    dgamma, dbeta = _gradient_sums(dy, x, moments.mean, variance, eps)
+    inv = 1 / np.sqrt(variance + eps)
     if not needs_dx:
         dx = None
     elif x.element_size() == 2:
         # a sum of three terms in half precision costs a digit: ATen's own backward rounds once
-        mean, invstd = _tensors(torch.float32, moments.mean, 1 / np.sqrt(moments.variance + eps))
+        mean, invstd = _tensors(x, moments.mean, inv)
         dx, *_ = torch.ops.aten.native_batch_norm_backward(
             dy, x, weight, None, None, mean, invstd, True, eps, [True, False, False]
         )
     else:
-        inv = 1 / np.sqrt(moments.variance + eps)
         scale = inv if weight is None else inv * weight.detach().numpy()
         slope = -scale * inv * dgamma / moments.count
-        a, b, c = _tensors(x.dtype, scale, slope, -scale * dbeta / moments.count - slope * moments.mean)
-        zeros, ones = torch.zeros_like(a), torch.ones_like(a)
+        shift = -scale * dbeta / moments.count - slope * moments.mean
+        a, b, c, zeros, ones = _tensors(x, scale, slope, shift, 0.0, 1.0)
         dx = torch.batch_norm(dy, a, c, zeros, ones, False, 0.0, 0.0, False).addcmul_(x, over_channels(b, x))
     return dx, torch.from_numpy(dgamma), torch.from_numpy(dbeta)
 
 
 # inf and NaN are looked for at the end
 @np.errstate(all="ignore")
-def _moments(rows: Tensor) -> tuple[Moments, Tensor | None]:
-    """Return the Moments, and what the rows were shifted by if they lie far from zero."""
-    moments = _moments_of_columns(rows)
+def _moments(x: Tensor) -> tuple[Moments, Tensor | None]:
+    """Return the Moments, and what the batch was shifted by if it lies far from zero."""
+    moments = _moments_of_columns(x)
     if not bool((moments.mean**2 > FAR_COLUMNS**2 * moments.variance).any()):
         return moments, None
-    (shift,) = _tensors(_wide(rows), moments.mean)
-    shifted = _moments_of_columns(rows - shift)
+    (shift,) = _tensors(x, moments.mean)
+    shifted = _moments_of_columns(x - over_channels(shift, x))
     return Moments(shifted.count, shifted.mean + shift.numpy(), shifted.m2), shift
 
 
-def _moments_of_columns(rows: Tensor) -> Moments:
+def _moments_of_columns(x: Tensor) -> Moments:
     total = Moments.empty()
-    for columns, parts in _short_columns(rows):
+    for columns, parts in _short_columns(x):
         # half precision would keep the statistics in half precision, were it not given wider ones to update
-        old_mean, old_var = torch.zeros(2, columns.shape[1]).unbind() if rows.element_size() < 4 else (None, None)
-        mean, var = (v.numpy() for v in torch.batch_norm_update_stats(columns, old_mean, old_var, 0.0))
-        total = total.merge(_merged(len(columns), mean.reshape(parts, -1), var.reshape(parts, -1)))
+        old_mean, old_var = torch.zeros(2, columns.shape[1]).unbind() if x.element_size() < 4 else (None, None)
+        mean, var = torch.batch_norm_update_stats(columns, old_mean, old_var, 0.0)
+        part = _merged(len(columns), mean.numpy().reshape(parts, -1), var.numpy().reshape(parts, -1))
+        total = part if total.count == 0 else total.merge(part)
     return total
 
 
@@ -136,42 +138,40 @@ def _merged(count: int, means: NDArray[Any], variances: NDArray[Any]) -> Moments
     """Merge parts of ``count`` values each: Chan's formula for all at once."""
     mean = means.mean(0, dtype=np.float64)
     d = means - mean
-    return Moments(count * len(means), mean, count * (variances.sum(0, dtype=np.float64) + np.einsum("pc,pc->c", d, d)))
+    m2 = count * (variances.sum(0, dtype=np.float64) + np.einsum("pc,pc->c", d, d))
+    return Moments(count * len(means), mean, m2)
 
 
 def _gradient_sums(
-    dy: Tensor, x: Tensor, moments: Moments, eps: float
+    dy: Tensor, x: Tensor, mean: NDArray[np.float64], variance: NDArray[np.float64], eps: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return ``Σ dy·x̂`` and ``Σ dy`` by ATen's backward for fixed statistics, which takes both in one reading."""
-    dgamma, dbeta = np.zeros_like(moments.mean), np.zeros_like(moments.mean)
-    mean, var = _tensors(_wide(x), moments.mean, moments.variance)
+    dgamma, dbeta = np.zeros_like(mean), np.zeros_like(mean)
     for (dy_columns, parts), (x_columns, _) in zip(_short_columns(dy), _short_columns(x), strict=True):
+        repeated = _tensors(x, np.tile(mean, parts), np.tile(variance, parts))
         _, scaled, plain = torch.ops.aten.native_batch_norm_backward(
-            dy_columns, x_columns, None, mean.repeat(parts), var.repeat(parts), None, None, False, eps, [False, True, True]
-        )  # fmt: skip
+            dy_columns, x_columns, None, *repeated, None, None, False, eps, [False, True, True]
+        )
         dgamma += scaled.numpy().reshape(parts, -1).sum(0, dtype=np.float64)
         dbeta += plain.numpy().reshape(parts, -1).sum(0, dtype=np.float64)
     return dgamma, dbeta
 
 
-def _short_columns(rows: Tensor) -> list[tuple[Tensor, int]]:
-    """View ``(M, C)`` as ``(128, parts · C)``, and what is left over as it is."""
-    parts = len(rows) // SHORT_COLUMN
-    whole = parts * SHORT_COLUMN
-    columns = [(rows[:whole].view(SHORT_COLUMN, -1), parts)] if parts else []
-    return columns if whole == len(rows) else [*columns, (rows[whole:], 1)]
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.ndim == 2 else x.movedim(1, -1).reshape(-1, x.shape[1])
+def _short_columns(x: Tensor) -> list[tuple[Tensor, int]]:
+    """View M rows of C values as ``(128, parts · C)``, and what is left over as it is."""
+    channels = x.shape[1]
+    rows = x.numel() // channels
+    parts = rows // SHORT_COLUMN
+    whole, width = parts * SHORT_COLUMN, parts * channels
+    columns = [(x.as_strided((SHORT_COLUMN, width), (width, 1)), parts)] if parts else []
+    if whole < rows:
+        start = x.storage_offset() + whole * channels
+        columns.append((x.as_strided((rows - whole, channels), (channels, 1), start), 1))
+    return columns
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
     return {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.element_size() < 4 else x.dtype
 
 
 def full(v: Tensor | None, x: Tensor) -> Tensor | None:
@@ -182,6 +182,9 @@ def full(v: Tensor | None, x: Tensor) -> Tensor | None:
     return v.float() if v is not None and v.dtype == x.dtype and v.element_size() == 2 else v
 
 
-def _tensors(dtype: torch.dtype, *arrays: NDArray[Any]) -> list[Tensor]:
-    kind = np.float64 if dtype == torch.float64 else np.float32
-    return [torch.from_numpy(array.astype(kind)) for array in arrays]
+def _tensors(x: Tensor, first: NDArray[Any], *others: NDArray[Any] | float) -> tuple[Tensor, ...]:
+    """Return arrays as tensors of the dtype that statistics of ``x`` have, in one piece: each call costs a cold cache."""
+    rows = np.empty((1 + len(others), len(first)), np.float64 if x.dtype == torch.float64 else np.float32)
+    for row, array in zip(rows, (first, *others), strict=True):
+        row[:] = array
+    return torch.from_numpy(rows).unbind()
