@@ -147,8 +147,9 @@ def _gradient_sums(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return ``Σ dy·x̂`` and ``Σ dy`` by ATen's backward for fixed statistics, which takes both in one reading."""
     dgamma, dbeta = np.zeros_like(mean), np.zeros_like(mean)
+    statistics = _tensors(x, mean, variance)
     for (dy_columns, parts), (x_columns, _) in zip(_short_columns(dy), _short_columns(x), strict=True):
-        repeated = _tensors(x, np.tile(mean, parts), np.tile(variance, parts))
+        repeated = (v.repeat(parts) for v in statistics)
         _, scaled, plain = torch.ops.aten.native_batch_norm_backward(
             dy_columns, x_columns, None, *repeated, None, None, False, eps, [False, True, True]
         )
