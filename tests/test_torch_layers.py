@@ -911,6 +911,26 @@ def test_symbolic_tracing_sees_one_leaf(pair, options):
         assert_same([traced(x)], [expected])
 
 
+def test_a_gradient_penalty_under_checkpointing_is_the_one_without():
+    checkpointed = torch.utils.checkpoint.checkpoint
+    for pair in PAIRS.values():
+        layer, x = pair.ours(3, dtype=torch.float64), torch.randn(pair.shape, dtype=torch.float64, requires_grad=True)
+        weights = torch.randn(pair.shape, dtype=torch.float64)
+        penalties = []
+        for run in (layer, lambda t, layer=layer: checkpointed(layer, t, use_reentrant=False)):
+            (slope,) = torch.autograd.grad((run(x).sin() * weights).sum(), x, create_graph=True)
+            penalties.append(torch.autograd.grad(slope.pow(2).sum(), [x, layer.weight]))
+        assert_same(penalties[1], penalties[0], ulps=64)
+
+
+def test_a_schedule_may_be_set_later():
+    layer = bn.BatchNorm1d(1)
+    layer.momentum = lambda batches: 1 / (batches + 1)
+    for value in (1.0, 3.0):
+        layer(torch.tensor([[value], [value + 2]]))
+    assert layer.running_mean.item() == 3.0
+
+
 # errors
 
 

@@ -141,6 +141,8 @@ class BatchNorm(Tracking):
         if values == channels or mean.element_size() < 4 or not self.track_running_stats:
             return None
         momentum = 1 / (batches.item() + 1) if self.momentum is None else self.momentum
+        if callable(momentum):
+            return None
         if torch._C._current_graph_task_id() != -1:
             # run again by activation checkpointing: the same kernel as the first time, on copies: what it saves must match
             return ops.normalize_in_place(x, weight, bias, mean.clone(), var.clone(), momentum, self.eps)
@@ -196,8 +198,10 @@ class BatchNorm(Tracking):
 
     def _evaluate(self, x: Tensor, weights: Weights) -> Tensor:
         x = weights.only_valid(x)
-        # in training they move on before the backward needs them
-        mean, var, _ = self.remember(x, None) if self.training else self.running()
+        mean, var, _ = self.running()
+        if self.training and not self.frozen_statistics:
+            # they move on before the backward needs them
+            mean, var, _ = self.remember(x, None)
         if self.options.example_weight == 0:
             weight, bias = self.weight, self.bias
             if self.options.wide_statistics:

@@ -206,7 +206,12 @@ def _exact_derivative(grad_inputs: tuple[Tensor | None, ...], grad_outputs: tupl
     """Replace the gradients of ATen's node by the definition's, which can be differentiated again."""
     node: Any = torch._C._current_autograd_node()
     node.metadata.pop("exact").remove()
-    g = batch_norm_backward(grad_outputs[0], node._saved_input, node._saved_weight, eps=node._saved_eps)
+    try:
+        x, weight = node._saved_input, node._saved_weight
+    except RuntimeError:
+        # activation checkpointing hands out what was saved once; ATen's gradients are right to the second order
+        return None
+    g = batch_norm_backward(grad_outputs[0], x, weight, eps=node._saved_eps)
     return tuple(
         None if old is None else new.to(old.dtype).reshape(old.shape) for old, new in zip(grad_inputs, g, strict=True)
     )
