@@ -923,6 +923,22 @@ def test_a_gradient_penalty_under_checkpointing_is_the_one_without():
         assert_same(penalties[1], penalties[0], ulps=64)
 
 
+@every_pair
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_wide_statistics_stay_in_single_precision(pair, dtype):
+    wide, x = pair.ours(3, wide_statistics=True), torch.randn(pair.shape) * 300
+    exact = copy.deepcopy(wide)
+    wide.to(dtype)
+    for training in (True, False):
+        y = wide.train(training)(x.to(dtype))
+        assert (y.dtype, wide.weight.dtype, wide.running_mean.dtype) == (dtype, dtype, torch.float32)
+        expected = exact.train(training)(x.to(dtype).float())
+        assert_near(
+            y.detach().float(), expected.detach(), ulps=4 * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+        )
+    assert_same([wide.running_mean, wide.running_var], [exact.running_mean, exact.running_var])
+
+
 def test_a_schedule_may_be_set_later():
     layer = bn.BatchNorm1d(1)
     layer.momentum = lambda batches: 1 / (batches + 1)
