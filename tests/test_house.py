@@ -150,6 +150,7 @@ STANDARD = {
     "ShapeError": ValueError,
     "DataError": ValueError,
     "OutputError": OSError,
+    "NonFiniteError": ArithmeticError,
     "NotInvertibleError": ArithmeticError,
     "MissingDependencyError": ImportError,
     "TransformError": RuntimeError,

@@ -6,6 +6,7 @@ __all__ = [
     "ChannelError",
     "DataError",
     "MissingDependencyError",
+    "NonFiniteError",
     "NotInvertibleError",
     "OptionError",
     "OutputError",
@@ -47,6 +48,10 @@ class DataError(BatchNormError, ValueError):
 
 class OutputError(BatchNormError, OSError):
     """A result can't be written where it was asked for."""
+
+
+class NonFiniteError(BatchNormError, ArithmeticError):
+    """Parameters of a layer hold inf or NaN: training has diverged."""
 
 
 class NotInvertibleError(BatchNormError, ArithmeticError):

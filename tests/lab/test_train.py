@@ -56,6 +56,13 @@ def test_a_loss_that_leaves_the_finite_numbers_is_marked():
     assert row["test_log_loss"] is row["val_accuracy"] is None
 
 
+@pytest.mark.parametrize("arm", ["before", "after"])
+def test_parameters_of_a_norm_that_leave_the_finite_numbers_are_marked_without_a_word(arm):
+    row = train(task(arm, rate=1e30), Recipe("mlp", 50, 64), DATA)
+    assert row["status"] == "diverged"
+    assert row["steps"] < 50
+
+
 def test_watching_changes_nothing():
     """Percentiles are taken in training mode, which must not move a running statistic or a parameter."""
     network, _ = train_network(task(), Recipe("mlp", 10, 64), DATA)

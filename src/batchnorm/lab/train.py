@@ -3,6 +3,7 @@
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own abbreviation
 from torch import nn
 
+from batchnorm.errors import BatchNormWarning, NonFiniteError
 from batchnorm.lab.arms import Arm
 from batchnorm.lab.data import Dataset, Split
 from batchnorm.lab.networks import ACTIVATIONS, GLOBAL_RNG, build
@@ -70,16 +72,19 @@ def train_network(task: Task, recipe: Recipe, data: Dataset) -> tuple[nn.Module,
     parameters = [p for p in network.parameters() if p.requires_grad]
     diverged, step = False, 0
     batches = _batches(len(y), task.arm.batch_size or recipe.batch_size, task.seed)
-    with _own_rng(task.seed):
+    with _own_rng(task.seed), _expecting_divergence():
         network.train()
-        for step in range(1, recipe.steps + 1):
-            rows = next(batches)
-            loss = F.cross_entropy(network(x[rows]), y[rows])
-            diverged = not math.isfinite(loss.item())
-            if diverged:
-                break
-            _descend(parameters, loss, task.learning_rate)
-            watch.look(step, loss.item())
+        try:
+            for step in range(1, recipe.steps + 1):
+                rows = next(batches)
+                loss = F.cross_entropy(network(x[rows]), y[rows])
+                diverged = not math.isfinite(loss.item())
+                if diverged:
+                    break
+                _descend(parameters, loss, task.learning_rate)
+                watch.look(step, loss.item())
+        except NonFiniteError:
+            diverged = True
     val, test = score(network, split.x_val, split.y_val), score(network, split.x_test, split.y_test)
     diverged = diverged or not math.isfinite(val[0] + test[0])
     row = {
@@ -143,6 +148,14 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def _expecting_divergence() -> Iterator[None]:
+    """Say nothing of batches that are not finite: the row says that the run diverged."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BatchNormWarning)
+        yield
 
 
 @contextmanager

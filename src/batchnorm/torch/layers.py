@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from batchnorm.errors import BatchNormError, ChannelError, OptionError, ShapeError
+from batchnorm.errors import BatchNormError, ChannelError, NonFiniteError, OptionError, ShapeError
 from batchnorm.functional import Renorm, batch_norm_example_inference, ghost_batches
 from batchnorm.moments import Moments
 from batchnorm.torch import ops
@@ -92,7 +92,8 @@ class BatchNorm(Tracking):
         Raises:
             ShapeError: an input or argument of another shape, or one value a channel in training (a ``ValueError``).
             ChannelError: another number of channels (a ``RuntimeError``).
-            OptionError: weights or lengths that can't be, γ that is not finite.
+            OptionError: weights or lengths that can't be.
+            NonFiniteError: γ that is inf or NaN, in training.
         """
         anything: Any = x
         if isinstance(anything, fx.Proxy):
@@ -185,7 +186,7 @@ class BatchNorm(Tracking):
                 f"residual must have the shape of the input, {tuple(x.shape)}, got {tuple(residual.shape)}"
             )
         if ops.is_eager(x) and self.weight is not None and not bool(torch.isfinite(self.weight.detach()).all()):
-            raise OptionError(
+            raise NonFiniteError(
                 "γ must be finite, it holds inf or NaN: go back to a checkpoint and lower the learning rate"
             )
 
