@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from batchnorm.bench.machine import describe
+from batchnorm.bench.machine import describe, keep
 from batchnorm.errors import VerificationError
 
 __all__ = ["CompareBench", "run"]
@@ -65,10 +65,7 @@ def run(out: Path, *, quick: bool = False) -> CompareBench:
     facts: dict[str, Any] = {"machine": describe(), "date": datetime.datetime.now(datetime.UTC).isoformat()}
     facts["jobs"] = [{str(jobs): _compare(seeds, jobs, options) for jobs in (1, 2)} for _ in range(pairs)]
     facts["growth"] = [_compare(n, 1, [*options, "--learning-rates", "0.1"]) for n in growth]
-    out.mkdir(parents=True, exist_ok=True)
-    file = out / "compare.json"
-    file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    return CompareBench(facts, file)
+    return CompareBench(facts, keep(facts, out, "compare.json"))
 
 
 def _compare(seeds: int, jobs: int, options: list[str]) -> dict[str, Any]:

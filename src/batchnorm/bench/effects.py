@@ -1,7 +1,6 @@
 """What each option of the layers does to a small network, in the situation that the option is for."""
 
 import datetime
-import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from batchnorm.bench import situations as s
-from batchnorm.bench.machine import describe
+from batchnorm.bench.machine import describe, keep
 from batchnorm.bench.situations import Recipe, outcome
 from batchnorm.lab.data import Split, load_data
 from batchnorm.lab.statistics import SignFlip
@@ -124,10 +123,7 @@ def run(out: Path, *, quick: bool = False) -> EffectsBench:
     with one_thread():
         splits = [data.split(seed) for seed in range(seeds)]
         facts["cases"] = [case.measure(splits, factor) for case in CASES]
-    out.mkdir(parents=True, exist_ok=True)
-    file = out / "effects.json"
-    file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    return EffectsBench(facts, file)
+    return EffectsBench(facts, keep(facts, out, "effects.json"))
 
 
 def _row(case: dict[str, Any]) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 import datetime
 import gc
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.bench.machine import describe
+from batchnorm.bench.machine import describe, keep
 from batchnorm.errors import VerificationError
 from batchnorm.torch import BatchNorm1d, BatchNorm2d
 
@@ -67,10 +66,7 @@ def run(out: Path, *, quick: bool = False) -> LayersBench:
     facts["threads"] = torch.get_num_threads()
     facts["numerics"] = _numerics(MEANS[:2] if quick else MEANS)
     facts["speed"] = [_speed(*case, seconds=0.05 if quick else SECONDS_A_SHAPE) for case in _cases(quick)]
-    out.mkdir(parents=True, exist_ok=True)
-    file = out / "layers.json"
-    file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    return LayersBench(facts, file)
+    return LayersBench(facts, keep(facts, out, "layers.json"))
 
 
 def _cases(quick: bool) -> list[tuple[str, tuple[int, ...], str]]:

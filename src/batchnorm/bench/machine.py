@@ -1,5 +1,6 @@
 """Describe the machine that a measurement was made on."""
 
+import json
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -8,7 +9,7 @@ from typing import Any
 
 import psutil
 
-__all__ = ["describe"]
+__all__ = ["describe", "keep"]
 
 _PACKAGES = ("batchnorm", "torch", "numpy", "scikit-learn", "joblib", "onnxruntime")
 
@@ -24,6 +25,14 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
     }
+
+
+def keep(facts: dict[str, Any], out: Path, name: str) -> Path:
+    """Write what was measured as ``name`` in the folder ``out``, and return the file."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / name
+    file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return file
 
 
 def _processor() -> str:

@@ -1,6 +1,6 @@
 """Inference example weighing: an example's own statistics beside the stored ones."""
 
-from batchnorm.arrays import Array, expand, namespace, widen
+from batchnorm.arrays import Array, expand, namespace, reduced_axes, widen
 from batchnorm.errors import ShapeError
 from batchnorm.moments import Moments
 
@@ -55,13 +55,13 @@ def batch_norm_example_inference(
     if x.ndim < 3:
         raise ShapeError(f"an example's own statistics need spatial axes (N, C, *spatial), got shape {tuple(x.shape)}")
     xp, wide, a = namespace(x), widen(x), example_weight
-    own = Moments.of(wide, tuple(range(2, x.ndim)), weight)
+    places = tuple(range(2, x.ndim))
+    own = Moments.of(wide, places, weight)
     # an example without a valid place has no statistics of its own
     a = a * xp.astype(xp.zeros_like(own.mean) + own.count > 0, wide.dtype)
     mu = (1 - a) * widen(mean) + a * own.mean
     var = (1 - a) * widen(variance) + a * own.variance + a * (1 - a) * (own.mean - widen(mean)) ** 2
-    places = tuple(range(2, x.ndim))
-    channels = tuple(i for i in range(x.ndim) if i != 1)
+    channels = reduced_axes("spatial", x.ndim)
     x_hat = (wide - expand(mu, wide, places)) / (expand(var, wide, places) + eps) ** 0.5
     scaled = x_hat if gamma is None else x_hat * expand(widen(gamma), wide, channels)
     return xp.astype(scaled if beta is None else scaled + expand(widen(beta), wide, channels), x.dtype)

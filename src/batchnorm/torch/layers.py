@@ -213,7 +213,7 @@ class BatchNorm(Tracking):
                 x, mean, var, self.weight, self.bias,
                 example_weight=self.options.example_weight, eps=self.eps, weight=weights.over_places(x),
             )  # fmt: skip
-        return weights.only_valid(y)
+        return y
 
     def _normalize_batch(self, x: Tensor, weights: Weights) -> Tensor:
         if torch._C._get_tracing_state() is not None and not weights and self._buffers["running_mean"] is None:
@@ -229,8 +229,7 @@ class BatchNorm(Tracking):
             moments = Moments.empty().merge(*(moments for _, moments in parts))
         else:
             y, moments = self._normalize_group(x, weights, state)
-        if valid != 0:
-            self.observe(moments)
+        self.observe(moments)
         return y
 
     def _renorm_state(self, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Renorm] | None:

@@ -23,6 +23,7 @@ from batchnorm.torch.rows import FEW_ROWS, are_near, full, in_rows, normalize_ro
 __all__ = ["is_eager", "normalize", "normalize_in_place", "normalize_weighted", "renormalize"]
 
 
+# the namespaces that a compiler must find, not look for
 for _kind in (Tensor, torch.nn.Parameter):
     namespace(_kind(torch.empty(0)))
 

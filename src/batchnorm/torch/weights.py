@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from batchnorm.arrays import reduced_axes
 from batchnorm.errors import OptionError, ShapeError
 from batchnorm.functional.groups import only_valid, over_axes, valid_weights
 from batchnorm.torch.ops import is_eager
@@ -32,7 +33,7 @@ class Weights(NamedTuple):
                 f"for whole samples give mask.view(-1{', 1' * (x.ndim - 2)})"
             )
         if mask is not None:
-            over_axes(mask, x, _reduced(x), "mask")
+            over_axes(mask, x, reduced_axes("spatial", x.ndim), "mask")
         if lengths is not None:
             valid = _mask_of_lengths(lengths, x)
             mask = valid if mask is None else mask & valid
@@ -55,7 +56,7 @@ class Weights(NamedTuple):
             raise OptionError("sample_weight must be positive somewhere (where the mask is true), got zeros only")
 
     def _over_places(self, x: Tensor) -> Any:
-        return valid_weights(x, _reduced(x), self.mask, self.sample_weight)
+        return valid_weights(x, reduced_axes("spatial", x.ndim), self.mask, self.sample_weight)
 
     def valid_places(self, x: Tensor) -> int | None:
         """Return how many values of a channel count, or ``None`` where their values can't be looked at."""
@@ -71,11 +72,7 @@ class Weights(NamedTuple):
 
     def only_valid(self, y: Tensor) -> Tensor:
         """Put 0 where the mask is false."""
-        return y if self.mask is None else only_valid(y, self.mask, _reduced(y))
-
-
-def _reduced(x: Tensor) -> tuple[int, ...]:
-    return tuple(i for i in range(x.ndim) if i != 1)
+        return y if self.mask is None else only_valid(y, self.mask, reduced_axes("spatial", y.ndim))
 
 
 def _mask_of_lengths(lengths: Tensor, x: Tensor) -> Tensor:
