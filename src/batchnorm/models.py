@@ -1,16 +1,29 @@
-"""Find the wing that knows a model, by the model's type, and load it on demand."""
+"""Find the wing that knows a model, by the model's type or the name of its file, and load it on demand."""
 
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from batchnorm.errors import OptionError
 from batchnorm.graph import Model
+from batchnorm.rooms import require
 
-__all__ = ["adapt"]
+__all__ = ["adapt", "load"]
 
-# framework -> (class that its models have, room that knows them)
-_WINGS = {"torch": ("nn.Module", "batchnorm.torch.model:TorchModel")}
+# framework, class that its models have, the view of them; a Keras model on torch is a torch module too, and comes first
+_WINGS = (
+    ("keras", "Model", "batchnorm.keras.model:KerasModel"),
+    ("torch", "nn.Module", "batchnorm.torch.model:TorchModel"),
+    ("torch", "export.ExportedProgram", "batchnorm.torch.exported:ExportedModel"),
+    ("onnx", "ModelProto", "batchnorm.onnx.model:OnnxModel"),
+)
+# how files end, the room that reads them, the extra that it needs
+_READERS = {
+    ".onnx": ("batchnorm.onnx.files", "onnx"),
+    ".keras": ("batchnorm.keras.files", "keras"),
+    ".pt2": ("batchnorm.torch.files", "torch"),
+}
 
 
 def adapt(model: Any) -> Model:
@@ -21,11 +34,36 @@ def adapt(model: Any) -> Model:
     Raises:
         OptionError: no wing knows the type of ``model``.
     """
-    for framework, (base, room) in _WINGS.items():
+    for framework, base, room in _WINGS:
         known: Any = sys.modules.get(framework)
         for part in base.split("."):
             known = getattr(known, part, None)
         if known is not None and isinstance(model, known):
             module, name = room.split(":")
             return getattr(import_module(module), name)(model)  # type: ignore[no-any-return]
-    raise OptionError(f"a model must be a torch.nn.Module, got {type(model).__module__}.{type(model).__name__}")
+    if isinstance(model, str | Path):
+        return adapt(load(str(model)))
+    raise OptionError(
+        "a model must be a torch.nn.Module, a torch.export.ExportedProgram, a keras.Model or an onnx.ModelProto, "
+        f"got {type(model).__module__}.{type(model).__name__}"
+    )
+
+
+def load(spec: str, weights: Path | None = None) -> Any:
+    """Return the model that a file holds, or that ``package.module:factory`` makes; nothing from a file is executed.
+
+    Args:
+        spec: a ``.onnx``, ``.keras`` or ``.pt2`` file, or ``package.module:factory``.
+        weights: tensors for the model that a factory makes, ``.safetensors`` or ``.pt``.
+
+    Raises:
+        OptionError: no such factory, or a name that is neither.
+        DataError: a file that can't be read.
+        MissingDependencyError: the framework of the file is not installed.
+    """
+    reader = _READERS.get(Path(spec).suffix)
+    if reader is None:
+        return require("batchnorm.torch.loading", "torch").load_model(spec, weights)
+    if weights is not None:
+        raise OptionError(f"weights are given for package.module:factory, {spec} holds its own")
+    return require(*reader).load(Path(spec))

@@ -5,6 +5,7 @@ from typing import Any
 
 from batchnorm.graph import Layer
 from batchnorm.models import adapt
+from batchnorm.tables import table
 
 __all__ = ["Summary", "summary"]
 
@@ -43,14 +44,11 @@ class Summary:
             )
             for layer in self.layers
         ]
-        widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-        lines = [_line(row, widths) for row in (head, *rows)]
-        rule = "─" * len(lines[0])
         total = (
             f"{self.parameters:,} parameters: {self.trainable:,} trainable, {self.statistics:,} running statistics, "
             f"{self.parameters - self.trainable - self.statistics:,} frozen"
         )
-        return "\n".join([lines[0], rule, *lines[1:], rule, total])
+        return "\n".join([table(head, rows, numbers=3), total])
 
 
 def summary(model: Any, example: Any | None = None) -> Summary:
@@ -87,8 +85,3 @@ def summary(model: Any, example: Any | None = None) -> Summary:
 
 def _shape(sizes: tuple[int | None, ...]) -> str:
     return f"({', '.join(map(str, sizes))}{',' if len(sizes) == 1 else ''})"
-
-
-def _line(row: tuple[str, ...], widths: list[int]) -> str:
-    cells = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-    return "  ".join(cells)

@@ -1,0 +1,111 @@
+"""See the network, plan, rewrite, prove."""
+
+from typing import Any
+
+from batchnorm.arrays import namespace
+from batchnorm.fold.absorption import absorbed, rounding
+from batchnorm.fold.plan import GONE, PLAIN, Fate, Plan, plan_folding
+from batchnorm.fold.proof import prove
+from batchnorm.fold.result import Folded, FoldResult, Kept
+from batchnorm.graph import Changes, Graph, Norm, Weights
+from batchnorm.models import adapt
+
+__all__ = ["fold"]
+
+
+def fold(model: Any, example: Any | None = None, *, inplace: bool = False) -> FoldResult:
+    """Remove batch normalization from a trained network, and prove that nothing else changed.
+
+    In evaluation a layer is ``y = scale · x + shift`` for each channel, with ``scale = γ / √(running_var + ε)`` and
+    ``shift = β - running_mean · scale``. It is multiplied into the linear layer before it, ``W' = scale · W`` and
+    ``b' = scale · b + shift``, or into those after it, ``W' = W · scale`` and ``b' = b + W · shift``, through everything that it
+    commutes with. What no linear layer can absorb becomes a plain scale and shift. The arithmetic is float64, the result is
+    in the dtype of the weights. The outputs are compared on the example and on random inputs.
+
+    Args:
+        model: a ``torch.nn.Module``, ``torch.fx.GraphModule`` or ``torch.export.ExportedProgram``, a Keras model, or an ONNX
+            ``ModelProto`` or path. It is seen in evaluation, and left as it is.
+        example: an input (a tuple of inputs, a dict of named ones); optional where the model knows its shapes.
+        inplace: change ``model`` itself too.
+
+    Returns:
+        `FoldResult`: ``model``, ``folded``, ``kept`` and ``error``; prints as a table.
+
+    Raises:
+        OptionError: a model of no known framework, or one that fails on the example.
+        VerificationError: the folded model computes something else; nothing is returned, ``model`` is as it was.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+        >>> result = fold(net, torch.randn(2, 3, 16, 16))
+        >>> result.model
+        Sequential(
+          (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
+          (1): Identity()
+          (2): ReLU()
+        )
+        >>> result.folded
+        (Folded(layer='1', into=('0',), how='backward'),)
+
+    Reference:
+        Jacob et al.: Quantization and Training of Neural Networks, 2018 (arXiv:1712.05877), section 3.2.
+    """
+    before = adapt(model)
+    graph = before.graph(example)
+    plan, exact, changes = _decide(graph)
+    after = before.changed(changes)
+    error = prove(before, after, lambda wide: wide.change(exact), example)
+    if inplace:
+        before.change(changes)
+        after = before
+    folded = [Folded(norm.name, fate.into, fate.how) for norm, fate in plan.norms.items() if fate.state == GONE]
+    kept = [
+        Kept(norm.name, fate.how, "scale and shift" if fate.state == PLAIN else "unchanged")
+        for norm, fate in plan.norms.items()
+        if fate.state != GONE
+    ]
+    kept += [Kept(norm.name, "it was not called on the example", "unchanged") for norm in graph.uncalled]
+    return FoldResult(after.model, tuple(folded), tuple(kept), error)
+
+
+def _decide(graph: Graph) -> tuple[Plan, Changes, Changes]:
+    """Plan, with the changes in float64 and in the weights' dtype; without what that dtype can't hold."""
+    closed: dict[Weights, str] = {}
+    while True:
+        plan = plan_folding(graph, closed)
+        norms = {norm: _replacement(fate) for norm, fate in plan.norms.items() if fate.state in (GONE, PLAIN)}
+        exact, changes = Changes(norms=norms, unpadded=plan.unpadded), Changes(norms=norms, unpadded=plan.unpadded)
+        refused = {}
+        for weights in plan.absorbers():
+            reason = _rewrite(weights, plan, exact, changes)
+            if reason:
+                refused[weights] = reason
+        if not refused:
+            return plan, exact, changes
+        closed |= refused
+
+
+def _replacement(fate: Fate) -> Any:
+    if fate.state == PLAIN:
+        return fate.affine
+    return fate.border
+
+
+def _rewrite(weights: Weights, plan: Plan, exact: Changes, changes: Changes) -> str:
+    """Write down the new weights of a layer; return why its dtype can't hold them, if so."""
+    weight, bias = weights.read()
+    before, after = plan.before.get(weights), plan.after.get(weights)
+    wide, wide_bias = absorbed(weight, bias, weights.layout, before, after)
+    shifted = bias is not None or any(a is not None and a.shift.any() for a in (before, after))
+    xp = namespace(wide)
+    narrow, narrow_bias = xp.astype(wide, weight.dtype), xp.astype(wide_bias, (weight if bias is None else bias).dtype)
+    if not (xp.all(xp.isfinite(narrow)) and xp.all(xp.isfinite(narrow_bias))):
+        return f"folded weights would not be finite in {weight.dtype}"
+    lost = rounding(wide, narrow, weights.layout)
+    if lost > 4 * xp.finfo(weight.dtype).eps:
+        return f"folded weights would lose {lost:.1%} of a channel in {weight.dtype}"
+    exact.weights[weights] = wide, wide_bias if shifted else None
+    changes.weights[weights] = narrow, narrow_bias if shifted else None
+    return ""

@@ -1,0 +1,405 @@
+"""Where can this Affine go? The algorithm of folding, on the neutral picture.
+
+A batch normalization layer in evaluation is an Affine. It moves backward, against the edges, into what produced its input, or
+forward into everything that reads its output, through all that it commutes with, until linear layers (or other Affines) have
+absorbed all of it. What can't be absorbed stays behind as a plain scale and shift.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+
+import numpy as np
+
+from batchnorm.affine import Affine
+from batchnorm.fold import motion
+from batchnorm.graph import (
+    Activation,
+    Add,
+    Border,
+    Concat,
+    Graph,
+    Identity,
+    Linear,
+    Node,
+    Norm,
+    Normalize,
+    Pad,
+    Pool,
+    Reshape,
+    Transpose,
+    Value,
+    Weights,
+)
+
+__all__ = ["Fate", "Plan", "plan_folding", "why_not_fixed"]
+
+GONE, PLAIN, UNTOUCHED = "gone", "plain", "untouched"
+
+
+class _BlockedError(Exception):
+    """An Affine can't pass; the text says why."""
+
+
+@dataclass(slots=True)
+class Fate:
+    """What becomes of a batch normalization layer.
+
+    Args:
+        affine: what it does, with the Affines of other layers that it took in.
+        state: ``"gone"``, ``"plain"`` (a scale and shift is left) or ``"untouched"``.
+        into: names of the layers that absorbed it.
+        how: in words, for what is gone; the reason, for what is not.
+        border: what stands in its place to pad a convolution.
+    """
+
+    affine: Affine | None
+    state: str = ""
+    into: tuple[str, ...] = ()
+    how: str = ""
+    border: Border | None = None
+
+
+@dataclass(slots=True)
+class Plan:
+    """The fate of each norm, and the Affines that each linear layer takes in."""
+
+    norms: dict[Norm, Fate] = field(default_factory=dict)
+    before: dict[Weights, Affine] = field(default_factory=dict)
+    after: dict[Weights, Affine] = field(default_factory=dict)
+    unpadded: set[Weights] = field(default_factory=set)
+
+    def absorbers(self) -> list[Weights]:
+        """Linear layers whose weights change."""
+        return list({**self.before, **self.after})
+
+
+@dataclass(slots=True)
+class _Absorption:
+    """A node takes in an Affine, before what it does or after it."""
+
+    node: Node
+    affine: Affine
+    after: bool
+
+
+def why_not_fixed(norm: Norm) -> str:
+    """Return why a layer is no fixed map of each channel, or must not be replaced; empty where it is one and may."""
+    if norm.by_batch:
+        return "it normalizes by the statistics of the batch: call .eval() first, or give it running statistics"
+    if norm.mean is None or norm.variance is None:
+        return "it has no running statistics: give it some (recalibrate) or leave it as it is"
+    held = [v for v in (norm.mean, norm.variance, norm.gamma, norm.beta) if v is not None]
+    if not all(np.isfinite(v).all() for v in held):
+        return "its parameters or statistics are not finite: recalibrate it, or go back to a checkpoint"
+    if (norm.variance < 0).any():
+        return f"its running variance is negative ({norm.variance.min():g}): recalibrate it"
+    if (norm.variance + norm.eps <= 0).any():
+        return "variance + eps is zero in a channel, so its scale is infinite: give it a positive eps"
+    return norm.locked
+
+
+def plan_folding(graph: Graph, closed: dict[Weights, str] | None = None) -> Plan:
+    """Decide for every batch normalization layer of a graph where it goes.
+
+    Args:
+        graph: the picture of the network.
+        closed: linear layers that must not absorb anything, with the reason.
+    """
+    return _Planner(graph, closed or {}).plan()
+
+
+class _Planner:
+    def __init__(self, graph: Graph, closed: dict[Weights, str]) -> None:
+        self.graph = graph
+        self.closed = closed
+        self.result = Plan()
+        self.calls: dict[Norm | Weights, list[Node]] = {**graph.norms(), **graph.weights()}
+
+    def plan(self) -> Plan:
+        for norm in self.graph.norms():
+            reason = why_not_fixed(norm)
+            self.result.norms[norm] = Fate(None, UNTOUCHED, how=reason) if reason else Fate(norm.affine)
+        for norm, fate in self.result.norms.items():
+            if not fate.state:
+                self._place(norm, fate)
+        return self.result
+
+    def _place(self, norm: Norm, fate: Fate) -> None:
+        reasons = []
+        for direction in (self._backward, self._forward, self._border):
+            try:
+                how = direction(norm, fate)
+            except _BlockedError as blocked:
+                reasons += [str(blocked)] if str(blocked) else []
+            else:
+                fate.state, fate.how = GONE, how
+                return
+        fate.state, fate.how = PLAIN, "; ".join(dict.fromkeys(reasons))
+
+    def _backward(self, norm: Norm, fate: Fate) -> str:
+        absorptions = [
+            absorption
+            for node in self.calls[norm]
+            for absorption in self._push_back(node.inputs[0], _spread(fate, node), node)
+        ]
+        return self._commit(fate, absorptions, "backward")
+
+    def _forward(self, norm: Norm, fate: Fate) -> str:
+        absorptions = [
+            absorption
+            for node in self.calls[norm]
+            for absorption in self._push_forward(node.outputs[0], _spread(fate, node))
+        ]
+        return self._commit(fate, absorptions, "forward")
+
+    def _commit(self, fate: Fate, absorptions: list[_Absorption], direction: str) -> str:
+        """Let all absorbers take in their Affines, if each takes the same one in all of its calls."""
+        taken: dict[Norm | Weights, list[_Absorption]] = {}
+        for absorption in absorptions:
+            taken.setdefault(_layer(absorption.node), []).append(absorption)
+        for layer, own in taken.items():
+            self._check_all_calls(layer, own)
+        for layer, own in taken.items():
+            self._absorb(layer, own[0])
+        fate.into = tuple(dict.fromkeys(layer.name for layer in taken))
+        return direction
+
+    def _check_all_calls(self, layer: Norm | Weights, own: list[_Absorption]) -> None:
+        hits = Counter(id(absorption.node) for absorption in own)
+        if set(hits) != {id(node) for node in self.calls[layer]} or max(hits.values()) > 1:
+            raise _BlockedError(f"{layer.name} is used in another place too, where this would change the result")
+        first = own[0].affine
+        if any(not _equal(first, other.affine) for other in own[1:]):
+            raise _BlockedError(f"{layer.name} is called several times and would need other weights each time")
+
+    def _absorb(self, layer: Norm | Weights, absorption: _Absorption) -> None:
+        affine = absorption.affine
+        if isinstance(layer, Norm):
+            fate = self.result.norms[layer]
+            assert fate.affine is not None  # noqa: S101
+            fate.affine = fate.affine.then(affine) if absorption.after else affine.then(fate.affine)
+        elif absorption.after:
+            self.result.after[layer] = self.result.after[layer].then(affine) if layer in self.result.after else affine
+        else:
+            self.result.before[layer] = affine.then(self.result.before[layer]) if layer in self.result.before else affine
+
+    # -- backward: against the edges -------------------------------------------------------------------------------
+
+    def _push_back(self, value: Value, affine: Affine, reader: Node) -> Iterator[_Absorption]:
+        """Make ``affine(value)`` what flows along the edges from ``value`` on."""
+        if value.pinned:
+            raise _BlockedError(f"{_what(value)} before it may not change: {value.pinned}")
+        if others := [node.name for node in value.consumers if node is not reader]:
+            raise _BlockedError(f"{_what(value)} before it is used by {_names(others)} too")
+        if len(value.consumers) > 1:
+            raise _BlockedError(f"{_what(value)} before it is used twice by {reader.name}")
+        node = value.producer
+        if node is None:
+            raise _BlockedError("nothing of the model comes before it")
+        if isinstance(node.operation, Linear | Normalize) and not self._is_gone(node):
+            yield self._taken(node, affine, value, after=True)
+        else:
+            for source, moved in self._sources(node, affine, value):
+                yield from self._push_back(source, moved, node)
+
+    def _sources(self, node: Node, affine: Affine, value: Value) -> Iterator[tuple[Value, Affine]]:
+        """Yield the inputs of a node that an Affine of its output commutes with, and what it becomes there."""
+        operation = node.operation
+        if isinstance(operation, Concat):
+            ends = accumulate((source.shape[operation.axis] for source in node.inputs), initial=0)
+            for source, (start, stop) in zip(node.inputs, pairwise(ends), strict=True):
+                yield source, motion.part(affine, operation.axis, start, stop)
+        elif isinstance(operation, Add):
+            for i, source in enumerate(node.inputs):
+                yield source, affine if i == 0 else Affine(affine.scale, np.zeros_like(affine.shift))
+        elif isinstance(operation, Reshape):
+            yield node.inputs[0], _reshape(affine, value.shape, node.inputs[0].shape, node)
+        elif isinstance(operation, Transpose):
+            yield node.inputs[0], motion.transposed(affine, tuple(np.argsort(operation.order)))
+        else:
+            yield node.inputs[0], self._commuted(node, affine)
+
+    # -- forward: along the edges ----------------------------------------------------------------------------------
+
+    def _push_forward(self, value: Value, affine: Affine) -> Iterator[_Absorption]:
+        """Make everything that reads ``value`` do so through ``affine``."""
+        if value.pinned:
+            raise _BlockedError(f"{_what(value)} after it may not change: {value.pinned}")
+        if not value.consumers:
+            raise _BlockedError(f"nothing reads {_what(value)} after it")
+        for node in dict.fromkeys(value.consumers):
+            if isinstance(node.operation, Linear | Normalize) and not self._is_gone(node):
+                yield self._taken(node, affine, value, after=False)
+            else:
+                yield from self._push_forward(node.outputs[0], self._through(node, affine, value))
+
+    def _through(self, node: Node, affine: Affine, value: Value) -> Affine:
+        """Return what an Affine of an input becomes at the output of a node."""
+        operation = node.operation
+        if isinstance(operation, Concat):
+            places = [i for i, source in enumerate(node.inputs) if source is value]
+            if len(places) > 1:
+                raise _BlockedError(f"{node.name} after it reads it twice")
+            sizes = [source.shape[operation.axis] for source in node.inputs]
+            return motion.placed(affine, operation.axis, sizes, places[0])
+        if isinstance(operation, Add):
+            if (affine.scale != 1).any():
+                raise _BlockedError(f"{node.name} after it adds something that is not scaled")
+            times = sum(source is value for source in node.inputs)
+            return Affine(affine.scale, times * affine.shift)
+        if isinstance(operation, Reshape):
+            return _reshape(affine, value.shape, node.outputs[0].shape, node)
+        if isinstance(operation, Transpose):
+            return motion.transposed(affine, operation.order)
+        return self._commuted(node, affine)
+
+    # -- what is the same both ways --------------------------------------------------------------------------------
+
+    def _commuted(self, node: Node, affine: Affine) -> Affine:
+        """Return the Affine on the other side of an operation that works on each channel alone."""
+        operation = node.operation
+        if isinstance(operation, Identity) or self._is_gone(node):
+            return affine
+        if isinstance(operation, Pool | Pad) and any(affine.scale.shape[axis] > 1 for axis in operation.axes):
+            raise _BlockedError(f"{node.name} works along the axis that is normalized")
+        reason = self._why_it_does_not_commute(node, affine)
+        if reason:
+            raise _BlockedError(reason)
+        return affine
+
+    def _why_it_does_not_commute(self, node: Node, affine: Affine) -> str:
+        match node.operation:
+            case Activation(homogeneous=True):
+                passes = motion.shift_free(affine) and (affine.scale > 0).all()
+                return "" if passes else f"{node.name} passes nothing but a positive scale"
+            case Pool(kind="max"):
+                return "" if (affine.scale > 0).all() else f"{node.name} passes positive scales only"
+            case Pool(counted_padding=True):
+                passes = motion.shift_free(affine)
+                return "" if passes else f"{node.name} averages zeros from outside, which would not be shifted"
+            case Pool():
+                return ""
+            case Pad(value=value):
+                passes = value is None or (value == 0 and motion.shift_free(affine))
+                return "" if passes else f"{node.name} pads with a constant, which would not be shifted"
+        return f"{node.name} ({_kind(node)}) is neither linear nor commutes with a scale and shift"
+
+    def _taken(self, node: Node, affine: Affine, value: Value, *, after: bool) -> _Absorption:
+        """Let a linear node or a norm take in an Affine, or say why it can't."""
+        operation = node.operation
+        if isinstance(operation, Normalize):
+            if self.result.norms[operation.norm].state not in ("", PLAIN):
+                raise _BlockedError(f"{node.name} beside it can't take it in")
+            axis = operation.axis
+        else:
+            assert isinstance(operation, Linear)  # noqa: S101
+            axis = operation.out_axis if after else operation.in_axis
+        vectors = motion.along(affine, axis, value.shape[axis])
+        if vectors is None:
+            raise _BlockedError(
+                f"it normalizes another axis than the one that {node.name} "
+                f"{'writes' if after else 'reads'} its channels to"
+            )
+        if isinstance(operation, Linear):
+            self._check_linear(operation, node, vectors, after=after)
+        return _Absorption(node, vectors, after)
+
+    def _check_linear(self, operation: Linear, node: Node, affine: Affine, *, after: bool) -> None:
+        weights = operation.weights
+        shifts = not motion.shift_free(affine)
+        if reason := self.closed.get(weights) or weights.locked:
+            raise _BlockedError(f"the weights of {weights.name} may not change: {reason}")
+        if shifts and not weights.has_bias and weights.no_bias:
+            raise _BlockedError(f"{weights.name} can't be given a bias: {weights.no_bias}")
+        if weights in self.result.unpadded:
+            raise _BlockedError(f"{weights.name} is padded with the values of another layer already")
+        if not after and shifts and not operation.every_tap:
+            raise _BlockedError(f"{node.name} is a transposed convolution, a shift before it reaches its outputs unevenly")
+        if not after and shifts and operation.padding:
+            raise _BlockedError(f"{node.name} pads with zeros, which would not be shifted")
+
+    def _is_gone(self, node: Node) -> bool:
+        operation = node.operation
+        if not isinstance(operation, Normalize):
+            return False
+        fate = self.result.norms[operation.norm]
+        return fate.state == GONE and fate.border is None
+
+    # -- into a padded convolution ---------------------------------------------------------------------------------
+
+    def _border(self, norm: Norm, fate: Fate) -> str:
+        """Fold forward into convolutions that pad, by padding with the value that normalization maps to zero."""
+        (affine, *_) = [fate.affine]
+        assert affine is not None  # noqa: S101
+        readers = self.calls[norm][0].outputs[0].consumers
+        if not self.graph.borders or len(self.calls[norm]) > 1 or not readers:
+            raise _BlockedError
+        operations = [node.operation for node in readers]
+        first = operations[0]
+        if not isinstance(first, Linear) or any(not isinstance(o, Linear) or o.padding != first.padding for o in operations):
+            raise _BlockedError
+        if self.calls[norm][0].outputs[0].pinned or not first.padding:
+            raise _BlockedError
+        axis = self.calls[norm][0].operation.axis  # type: ignore[union-attr]
+        border = Border(_maps_to_zero(affine), axis, first.padding)
+        absorptions = []
+        for node in readers:
+            operation = node.operation
+            assert isinstance(operation, Linear)  # noqa: S101
+            if not operation.every_tap or operation.in_axis != axis:
+                raise _BlockedError
+            self._check_linear(Linear(operation.weights, axis, operation.out_axis), node, affine, after=False)
+            absorptions.append(_Absorption(node, affine, after=False))
+        self._commit(fate, absorptions, "forward")
+        fate.border = border
+        self.result.unpadded |= {o.weights for o in operations if isinstance(o, Linear)}
+        return "forward, padding with the value that it maps to zero"
+
+
+def _spread(fate: Fate, node: Node) -> Affine:
+    assert fate.affine is not None  # noqa: S101
+    assert isinstance(node.operation, Normalize)  # noqa: S101
+    return motion.spread(fate.affine, node.operation.axis, len(node.inputs[0].shape))
+
+
+def _layer(node: Node) -> Norm | Weights:
+    operation = node.operation
+    assert isinstance(operation, Linear | Normalize)  # noqa: S101
+    return operation.weights if isinstance(operation, Linear) else operation.norm
+
+
+def _maps_to_zero(affine: Affine) -> np.ndarray:
+    """Return the values that an Affine maps to zero."""
+    if (affine.shift[affine.scale == 0] != 0).any():
+        raise _BlockedError("a channel has γ = 0, so that no padding value stands for zero")
+    with np.errstate(all="ignore"):
+        value = np.where(affine.scale == 0, 0.0, -affine.shift / np.where(affine.scale == 0, 1.0, affine.scale))
+    if not np.isfinite(value).all():
+        raise _BlockedError("a scale is so small that the padding value that stands for zero is infinite")
+    return value
+
+
+def _reshape(affine: Affine, before: tuple[int, ...], after: tuple[int, ...], node: Node) -> Affine:
+    moved = motion.reshaped(affine, before, after)
+    if moved is None:
+        raise _BlockedError(f"{node.name} reshapes an empty array")
+    return moved
+
+
+def _equal(a: Affine, b: Affine) -> bool:
+    return bool(np.array_equal(a.scale, b.scale) and np.array_equal(a.shift, b.shift))
+
+
+def _kind(node: Node) -> str:
+    return getattr(node.operation, "kind", type(node.operation).__name__.lower())
+
+
+def _what(value: Value) -> str:
+    return "the input" if value.producer is None else f"the output of {value.producer.name}"
+
+
+def _names(names: list[str]) -> str:
+    unique = list(dict.fromkeys(names))
+    return ", ".join(unique[:3]) + (", ..." if len(unique) > 3 else "")
