@@ -98,6 +98,7 @@ class Weights:
         has_bias: whether a bias is there.
         no_bias: why the layer can't be given a bias; empty where it can.
         locked: why the weights may not change; empty where they may.
+        fixed_padding: why the layer can't be told to pad nothing; empty where it can.
         key: what the wing knows the layer by.
     """
 
@@ -107,6 +108,7 @@ class Weights:
     has_bias: bool
     no_bias: str = ""
     locked: str = ""
+    fixed_padding: str = ""
     key: Any = None
 
 
@@ -271,12 +273,13 @@ class Value:
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """One operation: what it does, what it reads and writes, the layer that it belongs to."""
+    """One operation: what it does, what it reads and writes, the layer that it belongs to, whether it writes in place."""
 
     operation: Operation
     inputs: list[Value]
     outputs: list[Value]
     name: str
+    in_place: bool = False
 
 
 class Graph:

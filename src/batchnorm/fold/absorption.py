@@ -60,7 +60,7 @@ def rounding(wide: Array, narrow: Array, layout: Layout) -> float:
 
 def _like(v: np.ndarray, w: Array) -> Any:
     xp = namespace(w)
-    return xp.asarray(np.ascontiguousarray(v), dtype=w.dtype, device=w.device)
+    return xp.asarray(np.array(v), dtype=w.dtype, device=w.device)
 
 
 def _on_inputs(v: np.ndarray, w: Array, layout: Layout) -> Any:

@@ -66,7 +66,7 @@ def fold(model: Any, example: Any | None = None, *, inplace: bool = False) -> Fo
         for norm, fate in plan.norms.items()
         if fate.state != GONE
     ]
-    kept += [Kept(norm.name, "it was not called on the example", "unchanged") for norm in graph.uncalled]
+    kept += [Kept(norm.name, norm.locked or "it was not called on the example", "unchanged") for norm in graph.uncalled]
     return FoldResult(after.model, tuple(folded), tuple(kept), error)
 
 

@@ -7,7 +7,7 @@ absorbed all of it. What can't be absorbed stays behind as a plain scale and shi
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -238,6 +238,8 @@ class _Planner:
     def _through(self, node: Node, affine: Affine, value: Value) -> Affine:
         """Return what an Affine of an input becomes at the output of a node."""
         operation = node.operation
+        if node.in_place:
+            raise _BlockedError(f"{node.name} after it writes in place, into what would then be the input of the norm")
         if isinstance(operation, Concat):
             places = [i for i, source in enumerate(node.inputs) if source is value]
             if len(places) > 1:
@@ -331,31 +333,25 @@ class _Planner:
 
     def _border(self, norm: Norm, fate: Fate) -> str:
         """Fold forward into convolutions that pad, by padding with the value that normalization maps to zero."""
-        (affine, *_) = [fate.affine]
-        assert affine is not None  # noqa: S101
-        readers = self.calls[norm][0].outputs[0].consumers
-        if not self.graph.borders or len(self.calls[norm]) > 1 or not readers:
+        (first_call, *others) = self.calls[norm]
+        assert fate.affine is not None  # noqa: S101
+        assert isinstance(first_call.operation, Normalize)  # noqa: S101
+        value, axis = first_call.outputs[0], first_call.operation.axis
+        readers = [(node, node.operation) for node in value.consumers if isinstance(node.operation, Linear)]
+        paddings = {operation.padding for _, operation in readers}
+        alike = len(readers) == len(value.consumers) and len(paddings) == 1 and paddings != {()}
+        if not self.graph.borders or others or value.pinned or not alike:
             raise _BlockedError
-        operations = [node.operation for node in readers]
-        first = operations[0]
-        if not isinstance(first, Linear) or any(not isinstance(o, Linear) or o.padding != first.padding for o in operations):
-            raise _BlockedError
-        if self.calls[norm][0].outputs[0].pinned or not first.padding:
-            raise _BlockedError
-        axis = self.calls[norm][0].operation.axis  # type: ignore[union-attr]
-        border = Border(_maps_to_zero(affine), axis, first.padding)
-        absorptions = []
-        for node in readers:
-            operation = node.operation
-            assert isinstance(operation, Linear)  # noqa: S101
-            if not operation.every_tap or operation.in_axis != axis:
+        border = Border(_maps_to_zero(fate.affine), axis, paddings.pop())
+        absorptions = [_Absorption(node, fate.affine, after=False) for node, _ in readers]
+        for node, operation in readers:
+            if operation.weights.fixed_padding or operation.in_axis != axis or not operation.every_tap:
                 raise _BlockedError
-            self._check_linear(Linear(operation.weights, axis, operation.out_axis), node, affine, after=False)
-            absorptions.append(_Absorption(node, affine, after=False))
+            self._check_linear(replace(operation, padding=()), node, fate.affine, after=False)
         self._commit(fate, absorptions, "forward")
         fate.border = border
-        self.result.unpadded |= {o.weights for o in operations if isinstance(o, Linear)}
-        return "forward, padding with the value that it maps to zero"
+        self.result.unpadded |= {operation.weights for _, operation in readers}
+        return "forward, padding with the value that it maps to zero,"
 
 
 def _spread(fate: Fate, node: Node) -> Affine:

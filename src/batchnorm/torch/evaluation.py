@@ -2,11 +2,21 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["evaluating", "untraced"]
+__all__ = ["call", "evaluating", "untraced"]
+
+
+def call(model: nn.Module, example: Any) -> Any:
+    """Call a model on an example: a tuple holds positional arguments, a dict named ones, anything else is the only one."""
+    if isinstance(example, tuple):
+        return model(*example)
+    if isinstance(example, dict):
+        return model(**example)
+    return model(example)
 
 
 @contextmanager

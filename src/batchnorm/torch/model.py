@@ -1,13 +1,19 @@
 """A torch module, seen through the `Model` protocol."""
 
+import copy
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from batchnorm.errors import OptionError
-from batchnorm.graph import Layer
-from batchnorm.torch.evaluation import untraced
+from batchnorm.graph import Changes, Graph, Layer
+from batchnorm.torch.evaluation import call, untraced
+from batchnorm.torch.picture import draw
+from batchnorm.torch.recording import record, tensors_of
+from batchnorm.torch.rewriting import rewrite
 
 __all__ = ["TorchModel"]
 
@@ -16,13 +22,68 @@ class TorchModel:
     """The `Model` protocol for ``torch.nn.Module``."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.model = module
+
+    def graph(self, example: Any | None) -> Graph:
+        """Return the picture of the module as it stands on ``example``."""
+        if isinstance(self.model, torch.jit.ScriptModule):
+            raise OptionError("a model must be a Python module to be seen through, got a ScriptModule: give it before scripting")
+        if example is None:
+            raise OptionError(
+                "a torch module must be given an example input, it does not know the shape of its own: "
+                "fold(model, torch.randn(2, 3, 224, 224))"
+            )
+        return draw(self.model, record(self.model, example))
+
+    def changed(self, changes: Changes) -> "TorchModel":
+        """Return a copy with all changes made."""
+        return TorchModel(rewrite(copy.deepcopy(self.model), changes))
+
+    def change(self, changes: Changes) -> None:
+        """Make all changes in the module itself."""
+        self.model = rewrite(self.model, changes)
+
+    def inputs(self, example: Any, seed: int | None) -> Any:
+        """Return the example, or random inputs like it."""
+        if seed is None:
+            return example
+        generator = torch.Generator().manual_seed(seed)
+        return tree_map(lambda leaf: _random_like(leaf, generator) if isinstance(leaf, Tensor) else leaf, example)
+
+    def outputs(self, inputs: Any) -> list[np.ndarray]:
+        """Run in evaluation and return all tensors of the output; floating inputs are cast to the module's dtype."""
+        with untraced(self.model):
+            try:
+                result = call(self.model, self._cast(inputs))
+            except Exception as error:
+                raise OptionError(
+                    f"the model must run on the example in {self.precision}, but it failed: {type(error).__name__}: {error}"
+                ) from error
+        return [_array(tensor) for tensor in tensors_of(result)]
+
+    def _cast(self, inputs: Any) -> Any:
+        if self.precision != "float64":
+            return inputs
+        return tree_map(
+            lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, inputs
+        )
+
+    def cast(self, precision: str) -> "TorchModel | None":
+        """Return a copy in another dtype."""
+        return TorchModel(copy.deepcopy(self.model).to(getattr(torch, precision)))
+
+    @property
+    def precision(self) -> str:
+        """The dtype of the first floating parameter."""
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+        return str(dtype).removeprefix("torch.")
 
     def layers(self, example: Any | None) -> list[Layer]:
         """List the leaf modules, and those that hold parameters themselves, in the order of their calls on ``example``."""
         named = {
             module: name or type(module).__name__
-            for name, module in self.module.named_modules()
+            for name, module in self.model.named_modules()
             if not any(module.children()) or any(True for _ in module.parameters(recurse=False))
         }
         shapes = {} if example is None else self._output_shapes(named, example)
@@ -40,8 +101,8 @@ class TorchModel:
 
         hooks = [module.register_forward_hook(note) for module in named]
         try:
-            with untraced(self.module):
-                self.module(*(example if isinstance(example, tuple) else (example,)))
+            with untraced(self.model):
+                call(self.model, example)
         except Exception as error:
             last = named[list(shapes)[-1]] if shapes else "none"
             raise OptionError(
@@ -51,6 +112,23 @@ class TorchModel:
             for hook in hooks:
                 hook.remove()
         return shapes
+
+
+def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Return noise with the mean and spread of a tensor, or its own values in another order if they are no reals."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
+        return tensor.detach().reshape(-1)[order].reshape(tensor.shape)
+    noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+    spread = tensor.detach().double().cpu()
+    deviation = spread.std(correction=0)
+    noise = noise * (deviation if deviation > 0 else 1.0) + spread.mean()
+    return noise.to(dtype=tensor.dtype, device=tensor.device)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    return np.asarray(tensor.double() if tensor.dtype is torch.bfloat16 else tensor)
 
 
 def _layer(name: str, module: nn.Module, shape: tuple[int | None, ...] | None, counted: set[torch.Tensor]) -> Layer:

@@ -1,0 +1,351 @@
+"""Draw the neutral picture of a torch model from a recording of its run."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.graph import Graph, Layout, Linear, Norm, Normalize, Operation, Other, Pool, Reshape, Value, Weights
+from batchnorm.torch.constants import Constants, UnknownConstantError
+from batchnorm.torch.keys import Site
+from batchnorm.torch.recording import Call, Recording, Slot
+from batchnorm.torch.vocabulary import arguments, read
+
+__all__ = ["draw"]
+
+_BATCH_NORMS = (
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_no_training",
+    "_native_batch_norm_legit_functional",
+    "cudnn_batch_norm",
+    "miopen_batch_norm",
+    "_batch_norm_with_update",
+    "_batch_norm_no_update",
+    "batch_norm",
+)
+_VIEWS = ("t", "transpose", "detach", "alias", "lift_fresh")
+
+
+def draw(model: nn.Module, recording: Recording) -> Graph:
+    """Return the picture of what was recorded; arrays are read from ``model``, whose twin was watched."""
+    return _Artist(model, recording).draw()
+
+
+class _Artist:
+    def __init__(self, model: nn.Module, recording: Recording) -> None:
+        self.model = model
+        self.modules = dict(model.named_modules())
+        self.tensors: dict[str, Tensor] = dict((*model.named_parameters(), *model.named_buffers()))
+        self.recording = recording
+        self.constants = Constants(self.tensors)
+        self.values: dict[Slot, Value] = {}
+        self.norms: dict[Any, Norm] = {}
+        self.weights: dict[str, Weights] = {}
+        self.reads: set[tuple[int, str]] = set()
+        self.graph = Graph(borders=True)
+        self.frozen = self._frozen_norms()
+        self.owners = _owners(model)
+
+    def draw(self) -> Graph:
+        skip: set[int] = set()
+        for call in self.recording.calls:
+            if not any(slot.depends for slot in call.slots()) or id(call) in skip:
+                continue
+            if call.visit in self.frozen:
+                skip |= self._draw_frozen(call)
+            else:
+                self._draw_call(call)
+        self._lock_what_is_read_otherwise()
+        self.graph.uncalled = tuple(self._uncalled())
+        return self.graph
+
+    # -- one call --------------------------------------------------------------------------------------------------
+
+    def _draw_call(self, call: Call) -> None:
+        found = self._linear(call) or self._batch_norm(call) or read(call)
+        if found is None:
+            found = Other(call.name), [slot for slot in call.slots() if slot.depends]
+        operation, sources = found
+        if isinstance(operation, Pool) and len(call.outputs[0].shape) < len(sources[0].shape):
+            self._draw_pool_and_squeeze(operation, sources[0], call)
+            return
+        writes = call.function._schema.is_mutable
+        self._add(operation, sources, call.outputs, self._name(call, operation), in_place=writes)
+
+    def _add(self, operation: Operation, sources: list[Slot], outputs: list[Slot], name: str, *, in_place: bool = False) -> None:
+        inputs = [self._value(slot) for slot in sources]
+        # what a kernel returns beside its result (indices, saved statistics) is known to nobody else
+        for slot, value in zip(outputs, self.graph.add(operation, inputs, [slot.shape for slot in outputs], name), strict=True):
+            value.pin(slot.pinned)
+            self.values[slot] = value
+        self.graph.nodes[-1].in_place = in_place
+
+    def _value(self, slot: Slot) -> Value:
+        if slot not in self.values:
+            self.values[slot] = Value(slot.shape, pinned=slot.pinned)
+        return self.values[slot]
+
+    def _draw_pool_and_squeeze(self, operation: Pool, source: Slot, call: Call) -> None:
+        kept = tuple(1 if axis in operation.axes else n for axis, n in enumerate(source.shape))
+        (middle,) = self.graph.add(operation, [self._value(source)], [kept], call.module or call.name)
+        (value,) = self.graph.add(Reshape(), [middle], [call.outputs[0].shape], call.module or call.name)
+        value.pin(call.outputs[0].pinned)
+        self.values[call.outputs[0]] = value
+
+    def _name(self, call: Call, operation: Operation) -> str:
+        if isinstance(operation, Linear):
+            return operation.weights.name
+        return operation.norm.name if isinstance(operation, Normalize) else call.module or call.name
+
+    # -- linear layers ---------------------------------------------------------------------------------------------
+
+    def _linear(self, call: Call) -> tuple[Operation, list[Slot]] | None:
+        reader: Callable[[Call], tuple[Operation, list[Slot]] | None] | None = {
+            "convolution": self._convolution,
+            "_convolution": self._convolution,
+            "addmm": self._matrix_product,
+            "mm": self._matrix_product,
+            "linear": self._dense,
+        }.get(call.name)
+        return None if reader is None else reader(call)
+
+    def _convolution(self, call: Call) -> tuple[Operation, list[Slot]] | None:
+        given = arguments(call)
+        x, weight, groups, transposed = given["input"], given["weight"], given["groups"], given["transposed"]
+        layout = Layout(1, 0, groups, "in") if transposed else Layout(0, 1, groups)
+        weights = self._weights(call, weight, given.get("bias"), layout)
+        if weights is None or not x.depends:
+            return None
+        padding = () if transposed else tuple((2 + i, p, p) for i, p in enumerate(given["padding"]) if p)
+        return Linear(weights, 1, 1, padding, every_tap=not transposed), [x]
+
+    def _matrix_product(self, call: Call) -> tuple[Operation, list[Slot]] | None:
+        given = arguments(call)
+        if given.get("beta", 1) != 1 or given.get("alpha", 1) != 1:
+            return None
+        addmm = call.name == "addmm"
+        x, matrix, bias = (given["mat1"], given["mat2"], given["self"]) if addmm else (given["self"], given["mat2"], None)
+        if bias is not None and len(bias.shape) != 1:
+            return None
+        slot, flipped = _behind_views(matrix)
+        weights = self._weights(call, slot, bias, Layout(0, 1) if flipped else Layout(1, 0))
+        return None if weights is None or not x.depends else (Linear(weights, 1, 1), [x])
+
+    def _dense(self, call: Call) -> tuple[Operation, list[Slot]] | None:
+        given = arguments(call)
+        x = given["input"]
+        weights = self._weights(call, given["weight"], given.get("bias"), Layout(0, 1))
+        last = len(x.shape) - 1
+        return None if weights is None or not x.depends else (Linear(weights, last, last), [x])
+
+    def _weights(self, call: Call, weight: Slot, bias: Slot | None, layout: Layout) -> Weights | None:
+        """Return the layer that holds a weight; ``None`` for a weight that depends on the input."""
+        if weight.depends or (bias is not None and bias.depends):
+            return None
+        slot = _behind_views(weight)[0]
+        self.reads |= {(id(call), read.parameter) for read in (slot, bias) if read is not None}
+        key = slot.parameter or f"{call.module}:{id(slot)}"
+        if key in self.weights:
+            known = self.weights[key]
+            if known.layout != layout or known.key.bias != ("" if bias is None else bias.parameter or "?"):
+                known.locked = known.locked or "it is used in two different ways"
+            return known
+        path, _, attribute = slot.parameter.rpartition(".")
+        site = Site(path, attribute, "" if bias is None else bias.parameter or "?", call.node)
+        self.weights[key] = Weights(
+            path or call.module or (slot.parameter and "the model") or call.name,
+            layout,
+            lambda: self._stored(site, slot),
+            has_bias=bias is not None,
+            no_bias=self._why_no_bias(site),
+            locked=self._why_locked(slot, bias, site),
+            fixed_padding=self._why_fixed(site),
+            key=site,
+        )
+        return self.weights[key]
+
+    def _stored(self, site: Site, slot: Slot) -> tuple[Tensor, Tensor | None]:
+        weight = self.tensors[slot.parameter].detach()
+        return weight, self.tensors[site.bias].detach() if site.bias else None
+
+    def _why_locked(self, slot: Slot, bias: Slot | None, site: Site) -> str:
+        owner = self.modules.get(site.module)
+        if owner is not None and hasattr(owner, "parametrizations"):
+            return "a parametrization computes them: remove it first (torch.nn.utils.parametrize.remove_parametrizations)"
+        if not slot.parameter:
+            return "they are computed during the forward pass"
+        if site.bias == "?":
+            return "its bias is computed during the forward pass"
+        tensor = self.tensors[slot.parameter]
+        if not tensor.is_floating_point():
+            return f"they are stored as {tensor.dtype}"
+        for name in (slot.parameter, *([site.bias] if site.bias else [])):
+            if len(self.owners[self.tensors[name]]) > 1:
+                return f"{' and '.join(self.owners[self.tensors[name]])} are one tensor: untie them first"
+        return ""
+
+    def _why_no_bias(self, site: Site) -> str:
+        owner = self.modules.get(site.module)
+        if site.node is not None and site.node.op != "call_module":
+            return ""
+        if owner is None or site.attribute != "weight" or not _is_stock(owner):
+            return f"{type(owner).__name__} has a forward of its own"
+        return ""
+
+    def _why_fixed(self, site: Site) -> str:
+        owner = self.modules.get(site.module)
+        stock = owner is not None and _is_stock(owner) and getattr(owner, "padding_mode", "") == "zeros"
+        return "" if stock else "its padding is not that of a layer of torch"
+
+    def _lock_what_is_read_otherwise(self) -> None:
+        """Lock weights that something else than their linear layer reads."""
+        by_name = {name: weights for weights in self.weights.values() for name in weights.key.names()}
+        for call in self.recording.calls:
+            for slot in [] if call.name in _VIEWS else call.slots():
+                name = _behind_views(slot)[0].parameter
+                if name in by_name and (id(call), name) not in self.reads and not by_name[name].locked:
+                    by_name[name].locked = f"{call.name} in {call.module or 'the model'} reads them too"
+
+    # -- batch normalization ---------------------------------------------------------------------------------------
+
+    def _batch_norm(self, call: Call) -> tuple[Operation, list[Slot]] | None:
+        if call.name not in _BATCH_NORMS:
+            return None
+        given = arguments(call)
+        x = given["input"]
+        norm = self._norm(call, given)
+        return Normalize(norm, 1), [x]
+
+    def _norm(self, call: Call, given: dict[str, Any]) -> Norm:
+        slots = [given.get("running_mean"), given.get("running_var"), given.get("weight"), given.get("bias")]
+        replaceable = self._why_not_replaceable(call, slots)
+        key: Any = (call.module, "") if not replaceable else (call.module, call.node or self._order(call))
+        if key not in self.norms:
+            arrays, locked = self._arrays(slots)
+            module = self.modules.get(call.module)
+            training = bool(given.get("training", given.get("train", "no_training" not in call.name and "no_update" not in call.name)))
+            self.norms[key] = Norm(
+                self._norm_name(call),
+                *arrays,
+                eps=float(given.get("eps", given.get("epsilon", 0.0))),
+                by_batch=training or (isinstance(module, _BatchNorm) and module.training and module.track_running_stats),
+                locked=replaceable or locked,
+                key=Site(call.module, "", "", call.node),
+            )
+        return self.norms[key]
+
+    def _norm_name(self, call: Call) -> str:
+        if call.node is not None and call.node.op != "call_module":
+            return str(call.node.name)
+        return call.module or "batch_norm"
+
+    def _order(self, call: Call) -> int:
+        """Return which normalization of its module's visit a call is."""
+        mates = [other for other in self.recording.calls if other.visit == call.visit and other.name in _BATCH_NORMS]
+        return next(i for i, other in enumerate(mates) if other is call)
+
+    def _arrays(self, slots: list[Slot | None]) -> tuple[list[np.ndarray | None], str]:
+        try:
+            return [None if slot is None else self.constants.array(slot) for slot in slots], ""
+        except UnknownConstantError as unknown:
+            return [None] * 4, f"its statistics or parameters are computed during the forward pass ({unknown})"
+
+    def _why_not_replaceable(self, call: Call, slots: list[Slot | None]) -> str:
+        """Return why no other module can stand in the place of the one that normalizes."""
+        module = self.modules.get(call.module)
+        if call.node is not None and call.node.op != "call_module":
+            return ""
+        if not isinstance(module, _BatchNorm):
+            return f"{call.module or 'the model'} ({type(module).__name__}) calls batch_norm as a function: use a layer"
+        if not _is_stock(module):
+            return f"{type(module).__name__} has a forward of its own: use torch's layer"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return "it has a forward hook, which would see other values: remove the hook first"
+        if slots[0] is not None and slots[0].parameter.rpartition(".")[0] != call.module:
+            return "it normalizes with statistics that are not its own"
+        visit = self.recording.visits[call.visit]
+        if visit.arguments > 1 and not _takes_only_residual(visit):
+            return "it is called with a mask or weights"
+        return ""
+
+    def _frozen_norms(self) -> dict[int, str]:
+        """Return the visits of modules that hold running statistics and apply them by plain arithmetic."""
+        visits = {}
+        by_visit = defaultdict(list)
+        for call in self.recording.calls:
+            by_visit[call.visit].append(call)
+        for i, visit in enumerate(self.recording.visits):
+            module = self.modules.get(visit.module)
+            if module is None or isinstance(module, _BatchNorm) or any(module.children()):
+                continue
+            if all(isinstance(getattr(module, name, None), Tensor) for name in ("running_mean", "running_var")) and not any(
+                call.name in _BATCH_NORMS for call in by_visit[i]
+            ):
+                visits[i] = visit.module
+        return visits
+
+    def _draw_frozen(self, first: Call) -> set[int]:
+        """Draw a visit of a frozen normalization as one node; return the calls that it stands for."""
+        visit = self.recording.visits[first.visit]
+        calls = [c for c in self.recording.calls if c.visit == first.visit and any(s.depends for s in c.slots())]
+        x, y = visit.inputs[0], visit.outputs[0]
+        try:
+            scale, shift = self.constants.affine(x, y, 1)
+        except UnknownConstantError:
+            del self.frozen[first.visit]
+            self._draw_call(first)
+            return set()
+        module = self.modules[visit.module]
+        key = (visit.module, "")
+        if key not in self.norms:
+            hooked = module._forward_hooks or module._forward_pre_hooks
+            self.norms[key] = Norm(
+                visit.module, np.zeros_like(shift), np.ones_like(scale), scale, shift, 0.0,
+                locked="it has a forward hook, which would see other values: remove the hook first" if hooked else "",
+                key=Site(visit.module, "", "", None),
+            )  # fmt: skip
+        self._add(Normalize(self.norms[key], 1), [x], [y], visit.module)
+        return {id(c) for c in calls}
+
+    def _uncalled(self) -> list[Norm]:
+        seen = {norm.key.module for norm in self.norms.values()}
+        visited = {visit.module for visit in self.recording.visits}
+        reason = "it does not normalize by fixed statistics, but by those of each example"
+        return [
+            Norm(name, None, None, None, None, 0.0, locked=reason if name in visited else "")
+            for name, module in self.modules.items()
+            if isinstance(module, _BatchNorm) and name not in seen
+        ]
+
+
+def _owners(model: nn.Module) -> dict[Tensor, list[str]]:
+    """Return for each parameter and buffer the different modules' attributes that are this tensor."""
+    owners: dict[Tensor, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                owners[tensor].append(f"{name}.{attribute}".strip("."))
+    return owners
+
+
+def _behind_views(slot: Slot) -> tuple[Slot, bool]:
+    """Return the parameter behind views that at most transpose it, and whether they do."""
+    flipped = False
+    while slot.source is not None and slot.source.name in _VIEWS and not slot.depends:
+        flipped ^= slot.source.name in ("t", "transpose")
+        slot = next(iter(slot.source.slots()))
+    return slot, flipped
+
+
+def _is_stock(module: nn.Module) -> bool:
+    """Whether a module runs the forward of a class of torch's, or of a layer of ours."""
+    return type(module).forward.__module__.startswith(("torch.nn.", "batchnorm.torch."))
+
+
+def _takes_only_residual(visit: Any) -> bool:
+    return Counter(slot.shape for slot in visit.inputs).most_common(1)[0][1] == visit.arguments
