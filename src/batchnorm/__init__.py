@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from batchnorm import functional as functional
     from batchnorm.affine import Affine as Affine
     from batchnorm.errors import BatchNormError as BatchNormError
+    from batchnorm.fold import fold as fold
     from batchnorm.lab import compare as compare
     from batchnorm.moments import Moments as Moments
     from batchnorm.summary import summary as summary
 
-__all__ = ["Affine", "BatchNormError", "Moments", "compare", "functional", "summary"]
+__all__ = ["Affine", "BatchNormError", "Moments", "compare", "fold", "functional", "summary"]
 
 open_lazily(
     __name__,
@@ -28,6 +29,7 @@ open_lazily(
         "BatchNormError": ("batchnorm.errors", ""),
         "Moments": ("batchnorm.moments", ""),
         "compare": ("batchnorm.lab.compare", "lab"),
+        "fold": ("batchnorm.fold", ""),
         "functional": ("batchnorm.functional", ""),
         "summary": ("batchnorm.summary", ""),
     },

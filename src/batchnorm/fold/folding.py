@@ -7,7 +7,7 @@ from batchnorm.fold.absorption import absorbed, rounding
 from batchnorm.fold.plan import GONE, PLAIN, Fate, Plan, plan_folding
 from batchnorm.fold.proof import prove
 from batchnorm.fold.result import Folded, FoldResult, Kept
-from batchnorm.graph import Changes, Graph, Norm, Weights
+from batchnorm.graph import Changes, Graph, Weights
 from batchnorm.models import adapt
 
 __all__ = ["fold"]
@@ -18,8 +18,8 @@ def fold(model: Any, example: Any | None = None, *, inplace: bool = False) -> Fo
 
     In evaluation a layer is ``y = scale · x + shift`` for each channel, with ``scale = γ / √(running_var + ε)`` and
     ``shift = β - running_mean · scale``. It is multiplied into the linear layer before it, ``W' = scale · W`` and
-    ``b' = scale · b + shift``, or into those after it, ``W' = W · scale`` and ``b' = b + W · shift``, through everything that it
-    commutes with. What no linear layer can absorb becomes a plain scale and shift. The arithmetic is float64, the result is
+    ``b' = scale · b + shift``, or into those after it, ``W' = W · scale`` and ``b' = b + W · shift``, through everything
+    that it commutes with. What no linear layer can absorb becomes a plain scale and shift. The arithmetic is float64, the result is
     in the dtype of the weights. The outputs are compared on the example and on random inputs.
 
     Args:

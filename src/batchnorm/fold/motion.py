@@ -73,7 +73,8 @@ def reshaped(affine: Affine, before: tuple[int, ...], after: tuple[int, ...]) ->
 def _reshaped(
     v: np.ndarray, before: tuple[int, ...], after: tuple[int, ...], blocks: list[tuple[slice, slice]]
 ) -> np.ndarray:
-    full, shape = list(v.shape), []
+    full = list(v.shape)
+    shape: list[int] = []
     for old, new in blocks:
         if any(n > 1 for n in v.shape[old]):
             full[old] = before[old]

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 
@@ -115,7 +116,7 @@ class _Planner:
         self.graph = graph
         self.closed = closed
         self.result = Plan()
-        self.calls: dict[Norm | Weights, list[Node]] = {**graph.norms(), **graph.weights()}
+        self.calls: dict[Any, list[Node]] = {**graph.norms(), **graph.weights()}
 
     def plan(self) -> Plan:
         for norm in self.graph.norms():
@@ -183,7 +184,9 @@ class _Planner:
         elif absorption.after:
             self.result.after[layer] = self.result.after[layer].then(affine) if layer in self.result.after else affine
         else:
-            self.result.before[layer] = affine.then(self.result.before[layer]) if layer in self.result.before else affine
+            self.result.before[layer] = (
+                affine.then(self.result.before[layer]) if layer in self.result.before else affine
+            )
 
     # -- backward: against the edges -------------------------------------------------------------------------------
 
@@ -318,7 +321,9 @@ class _Planner:
         if weights in self.result.unpadded:
             raise _BlockedError(f"{weights.name} is padded with the values of another layer already")
         if not after and shifts and not operation.every_tap:
-            raise _BlockedError(f"{node.name} is a transposed convolution, a shift before it reaches its outputs unevenly")
+            raise _BlockedError(
+                f"{node.name} is a transposed convolution, a shift before it reaches its outputs unevenly"
+            )
         if not after and shifts and operation.padding:
             raise _BlockedError(f"{node.name} pads with zeros, which would not be shifted")
 

@@ -12,7 +12,8 @@ from batchnorm.errors import OptionError
 from batchnorm.graph import Changes, Graph, Layer
 from batchnorm.torch.evaluation import call, untraced
 from batchnorm.torch.picture import draw
-from batchnorm.torch.recording import record, tensors_of
+from batchnorm.torch.preparing import Prepared, prepare, replace_module
+from batchnorm.torch.recording import Recording, tensors_of
 from batchnorm.torch.rewriting import rewrite
 
 __all__ = ["TorchModel"]
@@ -21,27 +22,43 @@ __all__ = ["TorchModel"]
 class TorchModel:
     """The `Model` protocol for ``torch.nn.Module``."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, biases: tuple[str, ...] = ()) -> None:
         self.model = module
+        self._ready = Prepared(module, Recording(), biases=biases)
 
     def graph(self, example: Any | None) -> Graph:
         """Return the picture of the module as it stands on ``example``."""
         if isinstance(self.model, torch.jit.ScriptModule):
-            raise OptionError("a model must be a Python module to be seen through, got a ScriptModule: give it before scripting")
+            raise OptionError(
+                "a model must be a Python module to be seen through, got a ScriptModule: give it before scripting"
+            )
         if example is None:
             raise OptionError(
                 "a torch module must be given an example input, it does not know the shape of its own: "
                 "fold(model, torch.randn(2, 3, 224, 224))"
             )
-        return draw(self.model, record(self.model, example))
+        self._ready = prepare(self.model, example)
+        return draw(self._ready.model, self._ready.recording)
 
     def changed(self, changes: Changes) -> "TorchModel":
         """Return a copy with all changes made."""
-        return TorchModel(rewrite(copy.deepcopy(self.model), changes))
+        ready = self._ready
+        return TorchModel(rewrite(copy.deepcopy(ready.model), changes, ready.biases))
 
     def change(self, changes: Changes) -> None:
-        """Make all changes in the module itself."""
-        self.model = rewrite(self.model, changes)
+        """Make all changes in the module itself.
+
+        Raises:
+            OptionError: the module itself would have to become another object.
+        """
+        ready = self._ready
+        if "" in ready.traced or any(norm.key.module == "" and not norm.key.nodes for norm in changes.norms):
+            raise OptionError(
+                "the model itself normalizes, so that another object must take its place: use the model of the result"
+            )
+        for path, graph in ready.traced.items():
+            replace_module(self.model, path, graph)
+        rewrite(self.model, changes, ready.biases)
 
     def inputs(self, example: Any, seed: int | None) -> Any:
         """Return the example, or random inputs like it."""
@@ -70,7 +87,8 @@ class TorchModel:
 
     def cast(self, precision: str) -> "TorchModel | None":
         """Return a copy in another dtype."""
-        return TorchModel(copy.deepcopy(self.model).to(getattr(torch, precision)))
+        ready = self._ready
+        return TorchModel(copy.deepcopy(ready.model).to(getattr(torch, precision)), ready.biases)
 
     @property
     def precision(self) -> str:

@@ -5,29 +5,19 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.graph import Graph, Layout, Linear, Norm, Normalize, Operation, Other, Pool, Reshape, Value, Weights
 from batchnorm.torch.constants import Constants, UnknownConstantError
+from batchnorm.torch.graphs import takes_bias
 from batchnorm.torch.keys import Site
+from batchnorm.torch.preparing import BATCH_NORMS, is_stock
 from batchnorm.torch.recording import Call, Recording, Slot
 from batchnorm.torch.vocabulary import arguments, read
 
 __all__ = ["draw"]
 
-_BATCH_NORMS = (
-    "native_batch_norm",
-    "_native_batch_norm_legit",
-    "_native_batch_norm_legit_no_training",
-    "_native_batch_norm_legit_functional",
-    "cudnn_batch_norm",
-    "miopen_batch_norm",
-    "_batch_norm_with_update",
-    "_batch_norm_no_update",
-    "batch_norm",
-)
 _VIEWS = ("t", "transpose", "detach", "alias", "lift_fresh")
 
 
@@ -77,10 +67,14 @@ class _Artist:
         writes = call.function._schema.is_mutable
         self._add(operation, sources, call.outputs, self._name(call, operation), in_place=writes)
 
-    def _add(self, operation: Operation, sources: list[Slot], outputs: list[Slot], name: str, *, in_place: bool = False) -> None:
+    def _add(
+        self, operation: Operation, sources: list[Slot], outputs: list[Slot], name: str, *, in_place: bool = False
+    ) -> None:
         inputs = [self._value(slot) for slot in sources]
         # what a kernel returns beside its result (indices, saved statistics) is known to nobody else
-        for slot, value in zip(outputs, self.graph.add(operation, inputs, [slot.shape for slot in outputs], name), strict=True):
+        for slot, value in zip(
+            outputs, self.graph.add(operation, inputs, [slot.shape for slot in outputs], name), strict=True
+        ):
             value.pin(slot.pinned)
             self.values[slot] = value
         self.graph.nodes[-1].in_place = in_place
@@ -92,15 +86,20 @@ class _Artist:
 
     def _draw_pool_and_squeeze(self, operation: Pool, source: Slot, call: Call) -> None:
         kept = tuple(1 if axis in operation.axes else n for axis, n in enumerate(source.shape))
-        (middle,) = self.graph.add(operation, [self._value(source)], [kept], call.module or call.name)
-        (value,) = self.graph.add(Reshape(), [middle], [call.outputs[0].shape], call.module or call.name)
+        (middle,) = self.graph.add(operation, [self._value(source)], [kept], self._name(call, operation))
+        (value,) = self.graph.add(Reshape(), [middle], [call.outputs[0].shape], self._name(call, operation))
         value.pin(call.outputs[0].pinned)
         self.values[call.outputs[0]] = value
 
     def _name(self, call: Call, operation: Operation) -> str:
         if isinstance(operation, Linear):
             return operation.weights.name
-        return operation.norm.name if isinstance(operation, Normalize) else call.module or call.name
+        if isinstance(operation, Normalize):
+            return operation.norm.name
+        module = self.modules.get(call.module)
+        if call.module and module is not None and is_stock(module):
+            return call.module
+        return f"{call.name} in {call.module}" if call.module else call.name
 
     # -- linear layers ---------------------------------------------------------------------------------------------
 
@@ -121,7 +120,9 @@ class _Artist:
         weights = self._weights(call, weight, given.get("bias"), layout)
         if weights is None or not x.depends:
             return None
-        padding = () if transposed else tuple((2 + i, p, p) for i, p in enumerate(given["padding"]) if p)
+        padding = tuple((2 + i, p, p) for i, p in enumerate(given["padding"]))
+        if transposed or not any(given["padding"]):
+            padding = ()
         return Linear(weights, 1, 1, padding, every_tap=not transposed), [x]
 
     def _matrix_product(self, call: Call) -> tuple[Operation, list[Slot]] | None:
@@ -129,7 +130,9 @@ class _Artist:
         if given.get("beta", 1) != 1 or given.get("alpha", 1) != 1:
             return None
         addmm = call.name == "addmm"
-        x, matrix, bias = (given["mat1"], given["mat2"], given["self"]) if addmm else (given["self"], given["mat2"], None)
+        x, matrix, bias = (
+            (given["mat1"], given["mat2"], given["self"]) if addmm else (given["self"], given["mat2"], None)
+        )
         if bias is not None and len(bias.shape) != 1:
             return None
         slot, flipped = _behind_views(matrix)
@@ -152,11 +155,13 @@ class _Artist:
         key = slot.parameter or f"{call.module}:{id(slot)}"
         if key in self.weights:
             known = self.weights[key]
+            if call.node is not None:
+                known.key.nodes.append(call.node)
             if known.layout != layout or known.key.bias != ("" if bias is None else bias.parameter or "?"):
                 known.locked = known.locked or "it is used in two different ways"
             return known
         path, _, attribute = slot.parameter.rpartition(".")
-        site = Site(path, attribute, "" if bias is None else bias.parameter or "?", call.node)
+        site = Site(path, attribute, "" if bias is None else bias.parameter or "?", _nodes(call))
         self.weights[key] = Weights(
             path or call.module or (slot.parameter and "the model") or call.name,
             layout,
@@ -176,7 +181,9 @@ class _Artist:
     def _why_locked(self, slot: Slot, bias: Slot | None, site: Site) -> str:
         owner = self.modules.get(site.module)
         if owner is not None and hasattr(owner, "parametrizations"):
-            return "a parametrization computes them: remove it first (torch.nn.utils.parametrize.remove_parametrizations)"
+            return (
+                "a parametrization computes them: remove it first (torch.nn.utils.parametrize.remove_parametrizations)"
+            )
         if not slot.parameter:
             return "they are computed during the forward pass"
         if site.bias == "?":
@@ -191,15 +198,15 @@ class _Artist:
 
     def _why_no_bias(self, site: Site) -> str:
         owner = self.modules.get(site.module)
-        if site.node is not None and site.node.op != "call_module":
+        if site.nodes and all(takes_bias(self.model, node) for node in site.nodes):
             return ""
-        if owner is None or site.attribute != "weight" or not _is_stock(owner):
+        if owner is None or site.attribute != "weight" or not is_stock(owner):
             return f"{type(owner).__name__} has a forward of its own"
         return ""
 
     def _why_fixed(self, site: Site) -> str:
         owner = self.modules.get(site.module)
-        stock = owner is not None and _is_stock(owner) and getattr(owner, "padding_mode", "") == "zeros"
+        stock = owner is not None and is_stock(owner) and getattr(owner, "padding_mode", "") == "zeros"
         return "" if stock else "its padding is not that of a layer of torch"
 
     def _lock_what_is_read_otherwise(self) -> None:
@@ -214,7 +221,7 @@ class _Artist:
     # -- batch normalization ---------------------------------------------------------------------------------------
 
     def _batch_norm(self, call: Call) -> tuple[Operation, list[Slot]] | None:
-        if call.name not in _BATCH_NORMS:
+        if call.name not in BATCH_NORMS:
             return None
         given = arguments(call)
         x = given["input"]
@@ -224,29 +231,41 @@ class _Artist:
     def _norm(self, call: Call, given: dict[str, Any]) -> Norm:
         slots = [given.get("running_mean"), given.get("running_var"), given.get("weight"), given.get("bias")]
         replaceable = self._why_not_replaceable(call, slots)
-        key: Any = (call.module, "") if not replaceable else (call.module, call.node or self._order(call))
+        key: Any = (call.module, "" if not replaceable else self._order(call), call.node)
         if key not in self.norms:
-            arrays, locked = self._arrays(slots)
+            (mean, variance, gamma, beta), locked = self._arrays(slots)
             module = self.modules.get(call.module)
-            training = bool(given.get("training", given.get("train", "no_training" not in call.name and "no_update" not in call.name)))
+            training = bool(
+                given.get(
+                    "training", given.get("train", "no_training" not in call.name and "no_update" not in call.name)
+                )
+            )
             self.norms[key] = Norm(
                 self._norm_name(call),
-                *arrays,
+                mean,
+                variance,
+                gamma,
+                beta,
                 eps=float(given.get("eps", given.get("epsilon", 0.0))),
-                by_batch=training or (isinstance(module, _BatchNorm) and module.training and module.track_running_stats),
+                by_batch=training
+                or (isinstance(module, _BatchNorm) and module.training and module.track_running_stats),
                 locked=replaceable or locked,
-                key=Site(call.module, "", "", call.node),
+                key=Site(call.module, nodes=_nodes(call), arguments=self.recording.visits[call.visit].arguments),
             )
         return self.norms[key]
 
     def _norm_name(self, call: Call) -> str:
-        if call.node is not None and call.node.op != "call_module":
-            return str(call.node.name)
+        """Return the dotted name of the module, and of the node where the module has several."""
+        several = {
+            other.node for other in self.recording.calls if other.module == call.module and other.name in BATCH_NORMS
+        }
+        if call.node is not None and (len(several) > 1 or not call.module):
+            return ".".join(part for part in call.node if part)
         return call.module or "batch_norm"
 
     def _order(self, call: Call) -> int:
         """Return which normalization of its module's visit a call is."""
-        mates = [other for other in self.recording.calls if other.visit == call.visit and other.name in _BATCH_NORMS]
+        mates = [other for other in self.recording.calls if other.visit == call.visit and other.name in BATCH_NORMS]
         return next(i for i, other in enumerate(mates) if other is call)
 
     def _arrays(self, slots: list[Slot | None]) -> tuple[list[np.ndarray | None], str]:
@@ -258,11 +277,11 @@ class _Artist:
     def _why_not_replaceable(self, call: Call, slots: list[Slot | None]) -> str:
         """Return why no other module can stand in the place of the one that normalizes."""
         module = self.modules.get(call.module)
-        if call.node is not None and call.node.op != "call_module":
+        if call.node is not None:
             return ""
         if not isinstance(module, _BatchNorm):
             return f"{call.module or 'the model'} ({type(module).__name__}) calls batch_norm as a function: use a layer"
-        if not _is_stock(module):
+        if not is_stock(module):
             return f"{type(module).__name__} has a forward of its own: use torch's layer"
         if module._forward_hooks or module._forward_pre_hooks:
             return "it has a forward hook, which would see other values: remove the hook first"
@@ -283,9 +302,9 @@ class _Artist:
             module = self.modules.get(visit.module)
             if module is None or isinstance(module, _BatchNorm) or any(module.children()):
                 continue
-            if all(isinstance(getattr(module, name, None), Tensor) for name in ("running_mean", "running_var")) and not any(
-                call.name in _BATCH_NORMS for call in by_visit[i]
-            ):
+            if all(
+                isinstance(getattr(module, name, None), Tensor) for name in ("running_mean", "running_var")
+            ) and not any(call.name in BATCH_NORMS for call in by_visit[i]):
                 visits[i] = visit.module
         return visits
 
@@ -307,7 +326,7 @@ class _Artist:
             self.norms[key] = Norm(
                 visit.module, np.zeros_like(shift), np.ones_like(scale), scale, shift, 0.0,
                 locked="it has a forward hook, which would see other values: remove the hook first" if hooked else "",
-                key=Site(visit.module, "", "", None),
+                key=Site(visit.module),
             )  # fmt: skip
         self._add(Normalize(self.norms[key], 1), [x], [y], visit.module)
         return {id(c) for c in calls}
@@ -342,10 +361,9 @@ def _behind_views(slot: Slot) -> tuple[Slot, bool]:
     return slot, flipped
 
 
-def _is_stock(module: nn.Module) -> bool:
-    """Whether a module runs the forward of a class of torch's, or of a layer of ours."""
-    return type(module).forward.__module__.startswith(("torch.nn.", "batchnorm.torch."))
+def _nodes(call: Call) -> list[tuple[str, str]]:
+    return [] if call.node is None else [call.node]
 
 
 def _takes_only_residual(visit: Any) -> bool:
-    return Counter(slot.shape for slot in visit.inputs).most_common(1)[0][1] == visit.arguments
+    return bool(Counter(slot.shape for slot in visit.inputs).most_common(1)[0][1] == visit.arguments)

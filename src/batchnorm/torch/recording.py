@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from batchnorm.errors import OptionError
 from batchnorm.torch.evaluation import call
+from batchnorm.torch.graphs import watched
 
 __all__ = ["Call", "Recording", "Slot", "record", "tensors_of"]
 
@@ -62,7 +63,8 @@ class Call:
         outputs: what it returned, tensors only.
         module: dotted name of the innermost module that was running.
         visit: which call of that module it was, counted over the whole run.
-        node: the ``torch.fx`` node that was running, if one was.
+        node: the ``torch.fx`` node that was running, ``(dotted name of the graph's module, name of the node)``, if it is
+            one of the innermost module.
     """
 
     function: Any
@@ -71,7 +73,7 @@ class Call:
     outputs: list[Slot]
     module: str
     visit: int
-    node: Any = None
+    node: tuple[str, str] | None = None
 
     @property
     def name(self) -> str:
@@ -102,19 +104,19 @@ class Recording:
     branch: str = ""
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recording = Recording()
         self.slots: Any = WeakTensorKeyDictionary()
         self.aliases: dict[int, list[Any]] = {}
         self.stack: list[tuple[str, int]] = [("", -1)]
-        self.node: Any = None
+        self.node: tuple[str, str] | None = None
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             self.slots[tensor] = Slot(tuple(tensor.shape), tensor.dtype, parameter=name)
 
     def slot(self, tensor: Tensor) -> Slot:
-        found = self.slots.get(tensor)
+        found: Slot | None = self.slots.get(tensor)
         if found is None:
             found = Slot(tuple(tensor.shape), tensor.dtype, value=tensor)
             self._remember(tensor, found)
@@ -135,7 +137,8 @@ class _Recorder(TorchDispatchMode):
         read = tree_map(lambda leaf: self.slot(leaf) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
         result = func(*args, **kwargs)
         module, visit = self.stack[-1]
-        call = Call(func, *read, [], module, visit, self.node)
+        node = self.node if self.node is not None and self.node[0] == module else None
+        call = Call(func, read[0], read[1], [], module, visit, node)
         depends = any(slot.depends for slot in call.slots())
         if depends and call.name in _READS_A_VALUE:
             self._branch()
@@ -168,7 +171,13 @@ class _Recorder(TorchDispatchMode):
         for reference in self.aliases.get(key, []):
             tensor = reference()
             if tensor is not None and tensor is not written and tensor.untyped_storage()._cdata == key:
-                slot = Slot(tuple(tensor.shape), tensor.dtype, source=call, depends=True, pinned="it is a view of what is written in place")
+                slot = Slot(
+                    tuple(tensor.shape),
+                    tensor.dtype,
+                    source=call,
+                    depends=True,
+                    pinned="it is a view of what is written in place",
+                )
                 old = self.slots.get(tensor)
                 if old is not None:
                     old.pinned = old.pinned or slot.pinned
@@ -212,7 +221,7 @@ def record(model: nn.Module, example: Any) -> Recording:
                 twin = copy.deepcopy(model)
             inputs = tree_map(lambda leaf: fake.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, example)
             return _watch(twin, inputs)
-    except Exception:  # noqa: BLE001, S110 - whatever can't be faked is run
+    except Exception:  # noqa: S110 - whatever can't be faked is run
         pass
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices), torch.no_grad():
@@ -254,6 +263,8 @@ def _follow(model: nn.Module, recorder: _Recorder) -> Iterator[Any]:
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
+        if isinstance(module, fx.GraphModule):
+            module.forward = watched(module, name, recorder)
         yield module.register_forward_pre_hook(
             lambda _, args, kwargs, name=name: recorder.enter(name, args, kwargs), with_kwargs=True
         )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from batchnorm.torch.options import ACTIVATIONS
 from batchnorm.torch.weights import Weights
 
-__all__ = ["ChannelPad", "Remainder", "ScaleShift"]
+__all__ = ["ChannelPad", "Remainder", "ScaleShift", "tensor_like"]
 
 
 class ScaleShift(nn.Module):
@@ -35,7 +35,8 @@ class ScaleShift(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return ``weight · x + bias`` for ``x`` of shape ``(N, C, *spatial)``, in the dtype of ``x``."""
         shape = (1, -1, *[1] * (x.ndim - 2))
-        return torch.addcmul(self.bias.view(shape), x, self.weight.view(shape)).to(x.dtype)
+        y = torch.addcmul(self.bias.view(shape), x, self.weight.view(shape))
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def extra_repr(self) -> str:
         """Tell the number of channels."""
@@ -66,7 +67,12 @@ class ChannelPad(nn.Module):
         ends = [self.padding[2 * i : 2 * i + 2] for i in reversed(range(len(self.padding) // 2))]
         sizes = [n + before + after for n, (before, after) in zip(x.shape[-len(ends) :], ends, strict=True)]
         shape = (*x.shape[: -len(ends)], *sizes)
-        padded = self.value.to(x.dtype).view(1, -1, *[1] * (x.ndim - 2)).expand(shape).clone(memory_format=torch.contiguous_format)
+        padded = (
+            self.value.to(x.dtype)
+            .view(1, -1, *[1] * (x.ndim - 2))
+            .expand(shape)
+            .clone(memory_format=torch.contiguous_format)
+        )
         inner = padded
         for axis, (before, _) in enumerate(ends, start=x.ndim - len(ends)):
             inner = inner.narrow(axis, before, x.shape[axis])

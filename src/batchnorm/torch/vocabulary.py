@@ -133,7 +133,19 @@ def _places(x: Slot, n: int) -> tuple[int, ...]:
 
 
 _HOMOGENEOUS = ("relu", "relu_", "leaky_relu", "leaky_relu_")
-_MONOTONE = ("sigmoid", "sigmoid_", "tanh", "tanh_", "hardtanh", "hardtanh_", "hardsigmoid", "hardsigmoid_", "softplus", "elu", "elu_")
+_MONOTONE = (
+    "sigmoid",
+    "sigmoid_",
+    "tanh",
+    "tanh_",
+    "hardtanh",
+    "hardtanh_",
+    "hardsigmoid",
+    "hardsigmoid_",
+    "softplus",
+    "elu",
+    "elu_",
+)
 _CURVED = ("gelu", "gelu_", "silu", "silu_", "hardswish", "hardswish_", "mish", "mish_")
 
 _READERS: dict[str, Callable[[dict[str, Any], Call], Read]] = {

@@ -1,0 +1,100 @@
+"""A ``torch.export`` program, seen through the `Model` protocol: as the module it is made of, exported again at the end."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+from torch.export import Dim, ExportedProgram
+
+from batchnorm.errors import OptionError
+from batchnorm.graph import Changes, Graph, Layer
+from batchnorm.torch.model import TorchModel
+
+__all__ = ["ExportedModel"]
+
+
+class ExportedModel:
+    """The `Model` protocol for ``torch.export.ExportedProgram``."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self.model = program
+        self._view = TorchModel(_module_of(program))
+
+    def layers(self, example: Any | None) -> list[Layer]:
+        """List the modules that hold parameters."""
+        return self._view.layers(None)
+
+    def graph(self, example: Any | None) -> Graph:
+        """Return the picture of the program, on its own example inputs where none is given."""
+        return self._view.graph(self.inputs(example, None))
+
+    def changed(self, changes: Changes) -> "ExportedModel":
+        """Return the program with all changes made, with the same dynamic sizes."""
+        module = self._view.changed(changes).model
+        args, kwargs = self._example()
+        shapes = _dynamic_shapes(self.model, args, kwargs)
+        try:
+            program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
+        except Exception as error:
+            raise OptionError(
+                f"the folded program must be one that torch.export can export, but it failed: {error}"
+            ) from error
+        return ExportedModel(program)
+
+    def change(self, changes: Changes) -> None:
+        """Refuse: a program can't be changed in place.
+
+        Raises:
+            OptionError: always.
+        """
+        raise OptionError("an ExportedProgram can't be changed in place: use the model of the result")
+
+    def inputs(self, example: Any | None, seed: int | None) -> Any:
+        """Return the example, or the program's own example inputs, or random inputs like them."""
+        if example is None:
+            args, kwargs = self._example()
+            if args and kwargs:
+                raise OptionError("an example must be given, the program's own has positional and named inputs")
+            example = kwargs or args
+        return self._view.inputs(example, seed)
+
+    def outputs(self, inputs: Any) -> list[np.ndarray]:
+        """Run the program and return all tensors of the output."""
+        return self._view.outputs(inputs)
+
+    def cast(self, precision: str) -> TorchModel | None:
+        """Return the module of the program in another dtype."""
+        return self._view.cast(precision)
+
+    @property
+    def precision(self) -> str:
+        """The dtype of the first floating parameter."""
+        return self._view.precision
+
+    def _example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self.model.example_inputs is None:
+            raise OptionError("an example must be given, the program was saved without its example inputs")
+        args, kwargs = self.model.example_inputs
+        return tuple(args), dict(kwargs)
+
+
+def _module_of(program: ExportedProgram) -> fx.GraphModule:
+    module: Any = program.module(check_guards=False)
+    # a program has no modes, and its module refuses to be asked for one
+    for name in ("train", "eval"):
+        vars(module).pop(name, None)
+    return module.eval()  # type: ignore[no-any-return]
+
+
+def _dynamic_shapes(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return which sizes of the inputs are dynamic in a program, as ``torch.export.export`` wants to be told."""
+    users = set(program.graph_signature.user_inputs)
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in users]
+    flat = iter([_sizes(node.meta.get("val")) for node in nodes])
+    return torch.utils._pytree.tree_map(lambda _: next(flat), (args, kwargs))[0] if not kwargs else None
+
+
+def _sizes(value: Any) -> Any:
+    shape = getattr(value, "shape", ())
+    return {i: Dim.DYNAMIC for i, n in enumerate(shape) if not isinstance(n, int)} or None
