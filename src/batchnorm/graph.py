@@ -259,12 +259,14 @@ class Value:
         producer: the node that writes it; ``None`` for an input of the network.
         consumers: the nodes that read it, one entry for each use.
         pinned: why it may not change: it is an output, a hook sees it; empty where it may.
+        overwritten: whether something is written over it, in place, after it was read.
     """
 
     shape: tuple[int, ...]
     producer: "Node | None" = None
     consumers: "list[Node]" = field(default_factory=list)
     pinned: str = ""
+    overwritten: bool = False
 
     def pin(self, reason: str) -> None:
         """Forbid a change of the value; the first reason stands."""
@@ -376,6 +378,10 @@ class Model(Protocol):
 
     def inputs(self, example: Any | None, seed: int | None) -> Any:
         """Return the inputs of ``example``, or random ones of the same shapes."""
+        ...
+
+    def disturbed(self, inputs: Any, seed: int) -> Any:
+        """Return inputs in float64 that differ from ``inputs`` in the last place, at random."""
         ...
 
     def outputs(self, inputs: Any) -> list[np.ndarray]:

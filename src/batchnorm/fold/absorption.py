@@ -8,7 +8,7 @@ from batchnorm.affine import Affine
 from batchnorm.arrays import Array, namespace, widen
 from batchnorm.graph import Layout
 
-__all__ = ["absorbed", "rounding"]
+__all__ = ["absorbed", "loss"]
 
 
 def absorbed(
@@ -37,8 +37,7 @@ def absorbed(
     if layout.shape is not None:
         w = xp.reshape(w, layout.shape)
     outputs = w.shape[layout.out_axis] * (layout.groups if layout.grouped == "in" else 1)
-    b = xp.zeros_like(_sum_to_outputs(w, layout, 1.0)) if bias is None else widen(bias)
-    assert b.shape[0] == outputs  # noqa: S101
+    b = xp.zeros((outputs,), dtype=w.dtype, device=w.device) if bias is None else widen(bias)
     if before is not None:
         if before.shift.any():
             b = b + _sum_to_outputs(w, layout, _on_inputs(before.shift, w, layout))
@@ -49,13 +48,26 @@ def absorbed(
     return xp.reshape(w, shape), b
 
 
-def rounding(wide: Array, narrow: Array, layout: Layout) -> float:
-    """Return the largest rounding error of an output channel's weights, relative to their largest one."""
+def loss(wide: Array, dtype: Any, layout: Layout) -> float:
+    """Return how much of a channel's largest weight is lost in ``dtype``: infinity beyond its range, much near its end.
+
+    A weight is rounded to a relative eps / 2, or to half of the smallest number that the dtype has.
+    """
     xp = namespace(wide)
-    error = xp.abs(widen(narrow) - wide)
-    axes = tuple(i for i in range(wide.ndim) if i != layout.out_axis % wide.ndim) if layout.shape is None else None
-    error, size = (xp.max(v, axis=axes) for v in (error, xp.abs(wide)))
-    return float(xp.max(xp.where(size > 0, error / xp.where(size > 0, size, 1.0), 0.0)))
+    w = wide if layout.shape is None else xp.reshape(wide, layout.shape)
+    out = layout.out_axis % w.ndim
+    if layout.grouped == "in":
+        into = layout.in_axis % w.ndim
+        w = xp.reshape(xp.moveaxis(w, into, 0), (layout.groups, -1, *(n for i, n in enumerate(w.shape) if i != into)))
+        out = out + 1 if out > into else out + 2
+    kept = (0, out) if layout.grouped == "in" else (out,)
+    axes = tuple(i for i in range(w.ndim) if i not in kept)
+    # no array of magnitudes: weights may be large
+    largest = xp.maximum(xp.max(w, axis=axes), -xp.min(w, axis=axes)) if axes else xp.abs(w)
+    tiny, eps, end = (float(v) for v in (xp.finfo(dtype).smallest_normal, xp.finfo(dtype).eps, xp.finfo(dtype).max))
+    if not bool(xp.all(largest <= end)):
+        return float("inf")
+    return tiny * eps / 2 / float(xp.min(xp.where(largest > 0, largest, end)))
 
 
 def _like(v: np.ndarray, w: Array) -> Any:

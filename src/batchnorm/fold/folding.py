@@ -1,9 +1,10 @@
 """See the network, plan, rewrite, prove."""
 
+from math import inf
 from typing import Any
 
 from batchnorm.arrays import namespace
-from batchnorm.fold.absorption import absorbed, rounding
+from batchnorm.fold.absorption import absorbed, loss
 from batchnorm.fold.plan import GONE, PLAIN, Fate, Plan, plan_folding
 from batchnorm.fold.proof import prove
 from batchnorm.fold.result import Folded, FoldResult, Kept
@@ -19,8 +20,8 @@ def fold(model: Any, example: Any | None = None, *, inplace: bool = False) -> Fo
     In evaluation a layer is ``y = scale · x + shift`` for each channel, with ``scale = γ / √(running_var + ε)`` and
     ``shift = β - running_mean · scale``. It is multiplied into the linear layer before it, ``W' = scale · W`` and
     ``b' = scale · b + shift``, or into those after it, ``W' = W · scale`` and ``b' = b + W · shift``, through everything
-    that it commutes with. What no linear layer can absorb becomes a plain scale and shift. The arithmetic is float64, the result is
-    in the dtype of the weights. The outputs are compared on the example and on random inputs.
+    that it commutes with. What no linear layer can absorb becomes a plain scale and shift. The arithmetic is float64, the
+    result is in the dtype of the weights. The outputs are compared on the example and on random inputs.
 
     Args:
         model: a ``torch.nn.Module``, ``torch.fx.GraphModule`` or ``torch.export.ExportedProgram``, a Keras model, or an ONNX
@@ -100,12 +101,14 @@ def _rewrite(weights: Weights, plan: Plan, exact: Changes, changes: Changes) -> 
     wide, wide_bias = absorbed(weight, bias, weights.layout, before, after)
     shifted = bias is not None or any(a is not None and a.shift.any() for a in (before, after))
     xp = namespace(wide)
-    narrow, narrow_bias = xp.astype(wide, weight.dtype), xp.astype(wide_bias, (weight if bias is None else bias).dtype)
-    if not (xp.all(xp.isfinite(narrow)) and xp.all(xp.isfinite(narrow_bias))):
-        return f"folded weights would not be finite in {weight.dtype}"
-    lost = rounding(wide, narrow, weights.layout)
+    bias_dtype = (weight if bias is None else bias).dtype
+    lost = max(
+        loss(wide, weight.dtype, weights.layout), 0 if xp.all(xp.abs(wide_bias) <= xp.finfo(bias_dtype).max) else inf
+    )
     if lost > 4 * xp.finfo(weight.dtype).eps:
-        return f"folded weights would lose {lost:.1%} of a channel in {weight.dtype}"
+        what = "would not be finite" if lost == inf else f"would lose {lost:.1%} of a channel"
+        return f"folded, they {what} in {weight.dtype}"
+    narrow, narrow_bias = xp.astype(wide, weight.dtype), xp.astype(wide_bias, bias_dtype)
     exact.weights[weights] = wide, wide_bias if shifted else None
     changes.weights[weights] = narrow, narrow_bias if shifted else None
     return ""

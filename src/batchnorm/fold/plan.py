@@ -6,41 +6,19 @@ absorbed all of it. What can't be absorbed stays behind as a plain scale and shi
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 
 from batchnorm.affine import Affine
 from batchnorm.fold import motion
-from batchnorm.graph import (
-    Activation,
-    Add,
-    Border,
-    Concat,
-    Graph,
-    Identity,
-    Linear,
-    Node,
-    Norm,
-    Normalize,
-    Pad,
-    Pool,
-    Reshape,
-    Transpose,
-    Value,
-    Weights,
-)
+from batchnorm.fold.moving import Absorption, BlockedError, Mover
+from batchnorm.graph import Border, Graph, Linear, Node, Norm, Normalize, Value, Weights
 
 __all__ = ["Fate", "Plan", "plan_folding", "why_not_fixed"]
 
 GONE, PLAIN, UNTOUCHED = "gone", "plain", "untouched"
-
-
-class _BlockedError(Exception):
-    """An Affine can't pass; the text says why."""
 
 
 @dataclass(slots=True)
@@ -76,15 +54,6 @@ class Plan:
         return list({**self.before, **self.after})
 
 
-@dataclass(slots=True)
-class _Absorption:
-    """A node takes in an Affine, before what it does or after it."""
-
-    node: Node
-    affine: Affine
-    after: bool
-
-
 def why_not_fixed(norm: Norm) -> str:
     """Return why a layer is no fixed map of each channel, or must not be replaced; empty where it is one and may."""
     if norm.by_batch:
@@ -116,6 +85,7 @@ class _Planner:
         self.graph = graph
         self.closed = closed
         self.result = Plan()
+        self.mover = Mover(self._take, self._is_gone)
         self.calls: dict[Any, list[Node]] = {**graph.norms(), **graph.weights()}
 
     def plan(self) -> Plan:
@@ -132,7 +102,7 @@ class _Planner:
         for direction in (self._backward, self._forward, self._border):
             try:
                 how = direction(norm, fate)
-            except _BlockedError as blocked:
+            except BlockedError as blocked:
                 reasons += [str(blocked)] if str(blocked) else []
             else:
                 fate.state, fate.how = GONE, how
@@ -143,21 +113,23 @@ class _Planner:
         absorptions = [
             absorption
             for node in self.calls[norm]
-            for absorption in self._push_back(node.inputs[0], _spread(fate, node), node)
+            for absorption in self.mover.push_back(node.inputs[0], _spread(fate, node), node)
         ]
         return self._commit(fate, absorptions, "backward")
 
     def _forward(self, norm: Norm, fate: Fate) -> str:
+        if any(node.inputs[0].overwritten for node in self.calls[norm]):
+            raise BlockedError("its input is written over in place, after it would be read")
         absorptions = [
             absorption
             for node in self.calls[norm]
-            for absorption in self._push_forward(node.outputs[0], _spread(fate, node))
+            for absorption in self.mover.push_forward(node.outputs[0], _spread(fate, node))
         ]
         return self._commit(fate, absorptions, "forward")
 
-    def _commit(self, fate: Fate, absorptions: list[_Absorption], direction: str) -> str:
+    def _commit(self, fate: Fate, absorptions: list[Absorption], direction: str) -> str:
         """Let all absorbers take in their Affines, if each takes the same one in all of its calls."""
-        taken: dict[Norm | Weights, list[_Absorption]] = {}
+        taken: dict[Norm | Weights, list[Absorption]] = {}
         for absorption in absorptions:
             taken.setdefault(_layer(absorption.node), []).append(absorption)
         for layer, own in taken.items():
@@ -167,15 +139,15 @@ class _Planner:
         fate.into = tuple(dict.fromkeys(layer.name for layer in taken))
         return direction
 
-    def _check_all_calls(self, layer: Norm | Weights, own: list[_Absorption]) -> None:
+    def _check_all_calls(self, layer: Norm | Weights, own: list[Absorption]) -> None:
         hits = Counter(id(absorption.node) for absorption in own)
         if set(hits) != {id(node) for node in self.calls[layer]} or max(hits.values()) > 1:
-            raise _BlockedError(f"{layer.name} is used in another place too, where this would change the result")
+            raise BlockedError(f"{layer.name} is used in another place too, where this would change the result")
         first = own[0].affine
         if any(not _equal(first, other.affine) for other in own[1:]):
-            raise _BlockedError(f"{layer.name} is called several times and would need other weights each time")
+            raise BlockedError(f"{layer.name} is called several times and would need other weights each time")
 
-    def _absorb(self, layer: Norm | Weights, absorption: _Absorption) -> None:
+    def _absorb(self, layer: Norm | Weights, absorption: Absorption) -> None:
         affine = absorption.affine
         if isinstance(layer, Norm):
             fate = self.result.norms[layer]
@@ -188,144 +160,41 @@ class _Planner:
                 affine.then(self.result.before[layer]) if layer in self.result.before else affine
             )
 
-    # -- backward: against the edges -------------------------------------------------------------------------------
-
-    def _push_back(self, value: Value, affine: Affine, reader: Node) -> Iterator[_Absorption]:
-        """Make ``affine(value)`` what flows along the edges from ``value`` on."""
-        if value.pinned:
-            raise _BlockedError(f"{_what(value)} before it may not change: {value.pinned}")
-        if others := [node.name for node in value.consumers if node is not reader]:
-            raise _BlockedError(f"{_what(value)} before it is used by {_names(others)} too")
-        if len(value.consumers) > 1:
-            raise _BlockedError(f"{_what(value)} before it is used twice by {reader.name}")
-        node = value.producer
-        if node is None:
-            raise _BlockedError("nothing of the model comes before it")
-        if isinstance(node.operation, Linear | Normalize) and not self._is_gone(node):
-            yield self._taken(node, affine, value, after=True)
-        else:
-            for source, moved in self._sources(node, affine, value):
-                yield from self._push_back(source, moved, node)
-
-    def _sources(self, node: Node, affine: Affine, value: Value) -> Iterator[tuple[Value, Affine]]:
-        """Yield the inputs of a node that an Affine of its output commutes with, and what it becomes there."""
-        operation = node.operation
-        if isinstance(operation, Concat):
-            ends = accumulate((source.shape[operation.axis] for source in node.inputs), initial=0)
-            for source, (start, stop) in zip(node.inputs, pairwise(ends), strict=True):
-                yield source, motion.part(affine, operation.axis, start, stop)
-        elif isinstance(operation, Add):
-            for i, source in enumerate(node.inputs):
-                yield source, affine if i == 0 else Affine(affine.scale, np.zeros_like(affine.shift))
-        elif isinstance(operation, Reshape):
-            yield node.inputs[0], _reshape(affine, value.shape, node.inputs[0].shape, node)
-        elif isinstance(operation, Transpose):
-            yield node.inputs[0], motion.transposed(affine, tuple(np.argsort(operation.order)))
-        else:
-            yield node.inputs[0], self._commuted(node, affine)
-
-    # -- forward: along the edges ----------------------------------------------------------------------------------
-
-    def _push_forward(self, value: Value, affine: Affine) -> Iterator[_Absorption]:
-        """Make everything that reads ``value`` do so through ``affine``."""
-        if value.pinned:
-            raise _BlockedError(f"{_what(value)} after it may not change: {value.pinned}")
-        if not value.consumers:
-            raise _BlockedError(f"nothing reads {_what(value)} after it")
-        for node in dict.fromkeys(value.consumers):
-            if isinstance(node.operation, Linear | Normalize) and not self._is_gone(node):
-                yield self._taken(node, affine, value, after=False)
-            else:
-                yield from self._push_forward(node.outputs[0], self._through(node, affine, value))
-
-    def _through(self, node: Node, affine: Affine, value: Value) -> Affine:
-        """Return what an Affine of an input becomes at the output of a node."""
-        operation = node.operation
-        if node.in_place:
-            raise _BlockedError(f"{node.name} after it writes in place, into what would then be the input of the norm")
-        if isinstance(operation, Concat):
-            places = [i for i, source in enumerate(node.inputs) if source is value]
-            if len(places) > 1:
-                raise _BlockedError(f"{node.name} after it reads it twice")
-            sizes = [source.shape[operation.axis] for source in node.inputs]
-            return motion.placed(affine, operation.axis, sizes, places[0])
-        if isinstance(operation, Add):
-            if (affine.scale != 1).any():
-                raise _BlockedError(f"{node.name} after it adds something that is not scaled")
-            times = sum(source is value for source in node.inputs)
-            return Affine(affine.scale, times * affine.shift)
-        if isinstance(operation, Reshape):
-            return _reshape(affine, value.shape, node.outputs[0].shape, node)
-        if isinstance(operation, Transpose):
-            return motion.transposed(affine, operation.order)
-        return self._commuted(node, affine)
-
-    # -- what is the same both ways --------------------------------------------------------------------------------
-
-    def _commuted(self, node: Node, affine: Affine) -> Affine:
-        """Return the Affine on the other side of an operation that works on each channel alone."""
-        operation = node.operation
-        if isinstance(operation, Identity) or self._is_gone(node):
-            return affine
-        if isinstance(operation, Pool | Pad) and any(affine.scale.shape[axis] > 1 for axis in operation.axes):
-            raise _BlockedError(f"{node.name} works along the axis that is normalized")
-        reason = self._why_it_does_not_commute(node, affine)
-        if reason:
-            raise _BlockedError(reason)
-        return affine
-
-    def _why_it_does_not_commute(self, node: Node, affine: Affine) -> str:
-        match node.operation:
-            case Activation(homogeneous=True):
-                passes = motion.shift_free(affine) and (affine.scale > 0).all()
-                return "" if passes else f"{node.name} passes nothing but a positive scale"
-            case Pool(kind="max"):
-                return "" if (affine.scale > 0).all() else f"{node.name} passes positive scales only"
-            case Pool(counted_padding=True):
-                passes = motion.shift_free(affine)
-                return "" if passes else f"{node.name} averages zeros from outside, which would not be shifted"
-            case Pool():
-                return ""
-            case Pad(value=value):
-                passes = value is None or (value == 0 and motion.shift_free(affine))
-                return "" if passes else f"{node.name} pads with a constant, which would not be shifted"
-        return f"{node.name} ({_kind(node)}) is neither linear nor commutes with a scale and shift"
-
-    def _taken(self, node: Node, affine: Affine, value: Value, *, after: bool) -> _Absorption:
+    def _take(self, node: Node, affine: Affine, value: Value, after: bool) -> Absorption:
         """Let a linear node or a norm take in an Affine, or say why it can't."""
         operation = node.operation
         if isinstance(operation, Normalize):
             if self.result.norms[operation.norm].state not in ("", PLAIN):
-                raise _BlockedError(f"{node.name} beside it can't take it in")
+                raise BlockedError(f"{node.name} beside it can't take it in")
             axis = operation.axis
         else:
             assert isinstance(operation, Linear)  # noqa: S101
             axis = operation.out_axis if after else operation.in_axis
         vectors = motion.along(affine, axis, value.shape[axis])
         if vectors is None:
-            raise _BlockedError(
+            raise BlockedError(
                 f"it normalizes another axis than the one that {node.name} "
                 f"{'writes' if after else 'reads'} its channels to"
             )
         if isinstance(operation, Linear):
             self._check_linear(operation, node, vectors, after=after)
-        return _Absorption(node, vectors, after)
+        return Absorption(node, vectors, after)
 
     def _check_linear(self, operation: Linear, node: Node, affine: Affine, *, after: bool) -> None:
         weights = operation.weights
         shifts = not motion.shift_free(affine)
         if reason := self.closed.get(weights) or weights.locked:
-            raise _BlockedError(f"the weights of {weights.name} may not change: {reason}")
+            raise BlockedError(f"the weights of {weights.name} may not change: {reason}")
         if shifts and not weights.has_bias and weights.no_bias:
-            raise _BlockedError(f"{weights.name} can't be given a bias: {weights.no_bias}")
-        if weights in self.result.unpadded:
-            raise _BlockedError(f"{weights.name} is padded with the values of another layer already")
+            raise BlockedError(f"{weights.name} can't be given a bias: {weights.no_bias}")
+        if not after and weights in self.result.unpadded:
+            raise BlockedError(f"{weights.name} is padded with the values of another layer already")
         if not after and shifts and not operation.every_tap:
-            raise _BlockedError(
+            raise BlockedError(
                 f"{node.name} is a transposed convolution, a shift before it reaches its outputs unevenly"
             )
         if not after and shifts and operation.padding:
-            raise _BlockedError(f"{node.name} pads with zeros, which would not be shifted")
+            raise BlockedError(f"{node.name} pads with zeros, which would not be shifted")
 
     def _is_gone(self, node: Node) -> bool:
         operation = node.operation
@@ -346,12 +215,12 @@ class _Planner:
         paddings = {operation.padding for _, operation in readers}
         alike = len(readers) == len(value.consumers) and len(paddings) == 1 and paddings != {()}
         if not self.graph.borders or others or value.pinned or not alike:
-            raise _BlockedError
+            raise BlockedError
         border = Border(_maps_to_zero(fate.affine), axis, paddings.pop())
-        absorptions = [_Absorption(node, fate.affine, after=False) for node, _ in readers]
+        absorptions = [Absorption(node, fate.affine, after=False) for node, _ in readers]
         for node, operation in readers:
             if operation.weights.fixed_padding or operation.in_axis != axis or not operation.every_tap:
-                raise _BlockedError
+                raise BlockedError
             self._check_linear(replace(operation, padding=()), node, fate.affine, after=False)
         self._commit(fate, absorptions, "forward")
         fate.border = border
@@ -374,33 +243,13 @@ def _layer(node: Node) -> Norm | Weights:
 def _maps_to_zero(affine: Affine) -> np.ndarray:
     """Return the values that an Affine maps to zero."""
     if (affine.shift[affine.scale == 0] != 0).any():
-        raise _BlockedError("a channel has γ = 0, so that no padding value stands for zero")
+        raise BlockedError("a channel has γ = 0, so that no padding value stands for zero")
     with np.errstate(all="ignore"):
         value = np.where(affine.scale == 0, 0.0, -affine.shift / np.where(affine.scale == 0, 1.0, affine.scale))
     if not np.isfinite(value).all():
-        raise _BlockedError("a scale is so small that the padding value that stands for zero is infinite")
+        raise BlockedError("a scale is so small that the padding value that stands for zero is infinite")
     return value
-
-
-def _reshape(affine: Affine, before: tuple[int, ...], after: tuple[int, ...], node: Node) -> Affine:
-    moved = motion.reshaped(affine, before, after)
-    if moved is None:
-        raise _BlockedError(f"{node.name} reshapes an empty array")
-    return moved
 
 
 def _equal(a: Affine, b: Affine) -> bool:
     return bool(np.array_equal(a.scale, b.scale) and np.array_equal(a.shift, b.shift))
-
-
-def _kind(node: Node) -> str:
-    return getattr(node.operation, "kind", type(node.operation).__name__.lower())
-
-
-def _what(value: Value) -> str:
-    return "the input" if value.producer is None else f"the output of {value.producer.name}"
-
-
-def _names(names: list[str]) -> str:
-    unique = list(dict.fromkeys(names))
-    return ", ".join(unique[:3]) + (", ..." if len(unique) > 3 else "")

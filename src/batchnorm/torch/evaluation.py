@@ -1,17 +1,28 @@
 """Run a user's model without leaving a trace."""
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["call", "evaluating", "untraced"]
+__all__ = ["Inputs", "call", "evaluating", "kept_generators", "untraced"]
+
+
+class Inputs(NamedTuple):
+    """An example with positional and named arguments."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 def call(model: nn.Module, example: Any) -> Any:
     """Call a model on an example: a tuple holds positional arguments, a dict named ones, anything else is the only one."""
+    if isinstance(example, Inputs):
+        return model(*example.args, **example.kwargs)
     if isinstance(example, tuple):
         return model(*example)
     if isinstance(example, dict):
@@ -33,9 +44,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def untraced(model: nn.Module) -> Iterator[None]:
-    """Evaluate as `evaluating` does, and put the random number generators of the process back too."""
+def kept_generators() -> Iterator[None]:
+    """Put the random number generators of torch, NumPy and Python back, on any exit."""
     # to ask CUDA for its generators would start it
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-    with torch.random.fork_rng(devices), evaluating(model):
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def untraced(model: nn.Module) -> Iterator[None]:
+    """Evaluate as `evaluating` does, and put the random number generators of the process back too."""
+    with kept_generators(), evaluating(model):
         yield

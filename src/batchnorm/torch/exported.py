@@ -1,14 +1,17 @@
 """A ``torch.export`` program, seen through the `Model` protocol: as the module it is made of, exported again at the end."""
 
+import inspect
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
 from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_map
 
 from batchnorm.errors import OptionError
 from batchnorm.graph import Changes, Graph, Layer
+from batchnorm.torch.evaluation import Inputs
 from batchnorm.torch.model import TorchModel
 
 __all__ = ["ExportedModel"]
@@ -53,11 +56,12 @@ class ExportedModel:
     def inputs(self, example: Any | None, seed: int | None) -> Any:
         """Return the example, or the program's own example inputs, or random inputs like them."""
         if example is None:
-            args, kwargs = self._example()
-            if args and kwargs:
-                raise OptionError("an example must be given, the program's own has positional and named inputs")
-            example = kwargs or args
+            example = Inputs(*self._example())
         return self._view.inputs(example, seed)
+
+    def disturbed(self, inputs: Any, seed: int) -> Any:
+        """Return inputs in float64, each value with a random change in the last place."""
+        return self._view.disturbed(inputs, seed)
 
     def outputs(self, inputs: Any) -> list[np.ndarray]:
         """Run the program and return all tensors of the output."""
@@ -89,12 +93,28 @@ def _module_of(program: ExportedProgram) -> fx.GraphModule:
 
 def _dynamic_shapes(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return which sizes of the inputs are dynamic in a program, as ``torch.export.export`` wants to be told."""
-    users = set(program.graph_signature.user_inputs)
-    nodes = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in users]
-    flat = iter([_sizes(node.meta.get("val")) for node in nodes])
-    return torch.utils._pytree.tree_map(lambda _: next(flat), (args, kwargs))[0] if not kwargs else None
+    users = program.graph_signature.user_inputs
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    sizes = iter([_sizes(values.get(name), program.range_constraints) for name in users])
+    positional, named = tree_map(lambda _: next(sizes), (args, kwargs))
+    return {**dict(zip(_names(program), positional, strict=False)), **named} if named else positional
 
 
-def _sizes(value: Any) -> Any:
-    shape = getattr(value, "shape", ())
-    return {i: Dim.DYNAMIC for i, n in enumerate(shape) if not isinstance(n, int)} or None
+def _names(program: ExportedProgram) -> list[str]:
+    """Return the names of the positional arguments of the module that was exported."""
+    module: Any = program.module(check_guards=False)
+    return list(inspect.signature(module.forward).parameters)
+
+
+def _sizes(value: Any, ranges: Any) -> Any:
+    dynamic = {}
+    for axis, size in enumerate(getattr(value, "shape", ())):
+        if not isinstance(size, int):
+            bounds = ranges.get(size.node.expr)
+            ends = {} if bounds is None else {"min": _finite(bounds.lower), "max": _finite(bounds.upper)}
+            dynamic[axis] = Dim.DYNAMIC(**ends)
+    return dynamic or None
+
+
+def _finite(bound: Any) -> int | None:
+    return int(bound) if bound.is_finite and int(bound) < 2**62 else None

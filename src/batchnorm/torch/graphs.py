@@ -6,7 +6,8 @@ call is taken out of the graph; what is left is a ``GraphModule`` with the same 
 
 import contextlib
 import copy
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,8 +18,22 @@ from torch.utils._pytree import tree_flatten
 from batchnorm.affine import Affine
 from batchnorm.graph import Border
 
-__all__ = ["add_bias", "replace_norm", "structural_copy", "trace", "watched"]
+__all__ = [
+    "add_bias",
+    "is_batch_norm",
+    "own_buffers",
+    "replace_norm",
+    "structural_copy",
+    "takes_bias",
+    "trace",
+    "watched",
+]
 
+_BATCH_NORM = {
+    F.batch_norm, torch.batch_norm, torch.ops.aten.batch_norm.default, torch.ops.aten.native_batch_norm.default,
+    torch.ops.aten._native_batch_norm_legit.default, torch.ops.aten._native_batch_norm_legit_no_training.default,
+    torch.ops.aten._batch_norm_no_update.default, torch.ops.aten.cudnn_batch_norm.default,
+}  # fmt: skip
 _LINEAR = {
     F.linear, torch.ops.aten.linear.default, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d,
     F.conv_transpose3d, torch.conv1d, torch.conv2d, torch.conv3d, torch.ops.aten.conv1d.default,
@@ -32,10 +47,23 @@ class _ChildrenAreLeaves(fx.Tracer):
         return True
 
 
-def structural_copy(model: nn.Module) -> nn.Module:
-    """Copy the modules of a model, all of which keep the parameters and buffers of the original."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, dict(shared))
+def structural_copy(model: nn.Module, convert: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> nn.Module:
+    """Copy the modules of a model around its own parameters and buffers, or around what ``convert`` makes of them."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        new = convert(tensor)
+        if isinstance(tensor, nn.Parameter) and new is not tensor:
+            new = nn.Parameter(new.detach(), tensor.requires_grad)
+        memo[id(tensor)] = new
+    with warnings.catch_warnings():
+        # exported programs copy pieces of their own that are deprecated
+        warnings.simplefilter("ignore", FutureWarning)
+        return copy.deepcopy(model, memo)
+
+
+def own_buffers(tensor: Tensor) -> Tensor:
+    """Share parameters with a copy, and give it buffers of its own, which a forward may write to."""
+    return tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
 
 
 def trace(module: nn.Module) -> fx.GraphModule | None:
@@ -106,6 +134,12 @@ def takes_bias(model: nn.Module, site: tuple[str, str]) -> bool:
     return node.op == "call_function" and node.target in _LINEAR and len(node.args) >= 2
 
 
+def is_batch_norm(model: nn.Module, site: tuple[str, str]) -> bool:
+    """Whether a call in a graph is one of batch normalization and nothing else."""
+    _, node = _find(model, *site)
+    return node.op == "call_function" and node.target in _BATCH_NORM
+
+
 def replace_norm(
     model: nn.Module, site: tuple[str, str], replacement: Affine | Border | None, stand_in: nn.Module
 ) -> None:
@@ -139,7 +173,8 @@ def _drop_unread(module: fx.GraphModule) -> None:
     for node in list(module.graph.nodes):
         if node.op == "get_attr" and not node.users:
             module.graph.erase_node(node)
-            if str(node.target) not in read:
+            owner = str(node.target).rpartition(".")[0]
+            if str(node.target) not in read and owner not in read:
                 _delete(module, str(node.target))
     module.recompile()
 

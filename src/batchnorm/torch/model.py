@@ -1,16 +1,17 @@
 """A torch module, seen through the `Model` protocol."""
 
-import copy
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from batchnorm.errors import OptionError
 from batchnorm.graph import Changes, Graph, Layer
 from batchnorm.torch.evaluation import call, untraced
+from batchnorm.torch.graphs import own_buffers, structural_copy
 from batchnorm.torch.picture import draw
 from batchnorm.torch.preparing import Prepared, prepare, replace_module
 from batchnorm.torch.recording import Recording, tensors_of
@@ -22,9 +23,11 @@ __all__ = ["TorchModel"]
 class TorchModel:
     """The `Model` protocol for ``torch.nn.Module``."""
 
-    def __init__(self, module: nn.Module, biases: tuple[str, ...] = ()) -> None:
+    def __init__(self, module: nn.Module, biases: tuple[str, ...] = (), *, private: bool = False) -> None:
         self.model = module
+        self._private = private
         self._ready = Prepared(module, Recording(), biases=biases)
+        self._runner: nn.Module | None = module if private else None
 
     def graph(self, example: Any | None) -> Graph:
         """Return the picture of the module as it stands on ``example``."""
@@ -37,13 +40,20 @@ class TorchModel:
                 "a torch module must be given an example input, it does not know the shape of its own: "
                 "fold(model, torch.randn(2, 3, 224, 224))"
             )
+        tensors = (*self.model.parameters(), *self.model.buffers(), *tensors_of(example))
+        if any(is_lazy(tensor) for tensor in tensors):
+            raise OptionError("a lazy module must know its sizes: run it once on an example first")
+        if any(tensor.is_meta for tensor in tensors):
+            raise OptionError(
+                "the model and its example must hold values, some of their tensors are on the meta device"
+            )
         self._ready = prepare(self.model, example)
         return draw(self._ready.model, self._ready.recording)
 
     def changed(self, changes: Changes) -> "TorchModel":
         """Return a copy with all changes made."""
         ready = self._ready
-        return TorchModel(rewrite(copy.deepcopy(ready.model), changes, ready.biases))
+        return TorchModel(rewrite(structural_copy(ready.model, Tensor.clone), changes, ready.biases))
 
     def change(self, changes: Changes) -> None:
         """Make all changes in the module itself.
@@ -52,6 +62,9 @@ class TorchModel:
             OptionError: the module itself would have to become another object.
         """
         ready = self._ready
+        if self._private:
+            self.model = self._runner = rewrite(self.model, changes, ready.biases)
+            return
         if "" in ready.traced or any(norm.key.module == "" and not norm.key.nodes for norm in changes.norms):
             raise OptionError(
                 "the model itself normalizes, so that another object must take its place: use the model of the result"
@@ -67,11 +80,19 @@ class TorchModel:
         generator = torch.Generator().manual_seed(seed)
         return tree_map(lambda leaf: _random_like(leaf, generator) if isinstance(leaf, Tensor) else leaf, example)
 
+    def disturbed(self, inputs: Any, seed: int) -> Any:
+        """Return inputs in float64, each value with a random change in the last place."""
+        generator = torch.Generator().manual_seed(seed)
+        return tree_map(lambda leaf: _disturbed(leaf, generator) if _is_real(leaf) else leaf, inputs)
+
     def outputs(self, inputs: Any) -> list[np.ndarray]:
         """Run in evaluation and return all tensors of the output; floating inputs are cast to the module's dtype."""
-        with untraced(self.model):
+        if self._runner is None:
+            # whatever a forward writes to is not the user's
+            self._runner = structural_copy(self.model, own_buffers)
+        with untraced(self._runner):
             try:
-                result = call(self.model, self._cast(inputs))
+                result = call(self._runner, self._cast(inputs))
             except Exception as error:
                 raise OptionError(
                     f"the model must run on the example in {self.precision}, but it failed: {type(error).__name__}: {error}"
@@ -81,14 +102,14 @@ class TorchModel:
     def _cast(self, inputs: Any) -> Any:
         if self.precision != "float64":
             return inputs
-        return tree_map(
-            lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, inputs
-        )
+        return tree_map(lambda leaf: leaf.double() if _is_real(leaf) else leaf, inputs)
 
     def cast(self, precision: str) -> "TorchModel | None":
         """Return a copy in another dtype."""
         ready = self._ready
-        return TorchModel(copy.deepcopy(ready.model).to(getattr(torch, precision)), ready.biases)
+        dtype = getattr(torch, precision)
+        twin = structural_copy(ready.model, lambda t: t.to(dtype, copy=True) if t.is_floating_point() else t.clone())
+        return TorchModel(twin, ready.biases, private=True)
 
     @property
     def precision(self) -> str:
@@ -133,19 +154,31 @@ class TorchModel:
 
 
 def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Return noise with the mean and spread of a tensor, or its own values in another order if they are no reals."""
+    """Return noise in the range of a tensor, or its own values in another order if they are no reals."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
         return tensor.detach().reshape(-1)[order].reshape(tensor.shape)
-    noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-    spread = tensor.detach().double().cpu()
-    deviation = spread.std(correction=0)
-    noise = noise * (deviation if deviation > 0 else 1.0) + spread.mean()
+    low, high = (float(v) for v in tensor.detach().double().aminmax())
+    if low == high:
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+    else:
+        noise = low + (high - low) * torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
     return noise.to(dtype=tensor.dtype, device=tensor.device)
+
+
+def _disturbed(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    sign = torch.randint(-1, 2, tensor.shape, generator=generator).to(tensor.device)
+    return tensor.detach().double() * (1 + sign * 2.0**-52)
+
+
+def _is_real(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
 def _array(tensor: Tensor) -> np.ndarray:
     tensor = tensor.detach().cpu()
+    tensor = tensor.to_dense() if tensor.layout is not torch.strided else tensor
+    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     return np.asarray(tensor.double() if tensor.dtype is torch.bfloat16 else tensor)
 
 

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_flatten
 
 from batchnorm.graph import Graph, Layout, Linear, Norm, Normalize, Operation, Other, Pool, Reshape, Value, Weights
 from batchnorm.torch.constants import Constants, UnknownConstantError
-from batchnorm.torch.graphs import takes_bias
+from batchnorm.torch.graphs import is_batch_norm, takes_bias
 from batchnorm.torch.keys import Site
 from batchnorm.torch.preparing import BATCH_NORMS, is_stock
 from batchnorm.torch.recording import Call, Recording, Slot
@@ -34,41 +35,61 @@ class _Artist:
         self.recording = recording
         self.constants = Constants(self.tensors)
         self.values: dict[Slot, Value] = {}
+        self.visits: dict[int, int] = {}
         self.norms: dict[Any, Norm] = {}
         self.weights: dict[str, Weights] = {}
         self.reads: set[tuple[int, str]] = set()
+        self.of_norms: dict[str, Norm] = {}
+        self.statistics: set[str] = set()
         self.graph = Graph(borders=True)
+        self.listed = _listed(model)
         self.frozen = self._frozen_norms()
         self.owners = _owners(model)
 
     def draw(self) -> Graph:
         skip: set[int] = set()
         for call in self.recording.calls:
-            if not any(slot.depends for slot in call.slots()) or id(call) in skip:
+            if not any(slot.depends for slot in call.reads) or id(call) in skip:
                 continue
             if call.visit in self.frozen:
                 skip |= self._draw_frozen(call)
             else:
                 self._draw_call(call)
         self._lock_what_is_read_otherwise()
+        self._pin_what_is_conditional()
         self.graph.uncalled = tuple(self._uncalled())
         return self.graph
+
+    def _pin_what_is_conditional(self) -> None:
+        """Pin values between calls that may not follow each other for other inputs."""
+        if not any(visit.branch for visit in self.recording.visits):
+            return
+        for value in self.values.values():
+            for reader in value.consumers if value.producer is not None else ():
+                value.pin(self.recording.why_conditional(self.visits[id(value.producer)], self.visits[id(reader)]))
 
     # -- one call --------------------------------------------------------------------------------------------------
 
     def _draw_call(self, call: Call) -> None:
         found = self._linear(call) or self._batch_norm(call) or read(call)
         if found is None:
-            found = Other(call.name), [slot for slot in call.slots() if slot.depends]
+            found = Other(call.name), [slot for slot in call.reads if slot.depends]
         operation, sources = found
         if isinstance(operation, Pool) and len(call.outputs[0].shape) < len(sources[0].shape):
             self._draw_pool_and_squeeze(operation, sources[0], call)
             return
         writes = call.function._schema.is_mutable
-        self._add(operation, sources, call.outputs, self._name(call, operation), in_place=writes)
+        self._add(operation, sources, call.outputs, self._name(call, operation), call.visit, in_place=writes)
 
     def _add(
-        self, operation: Operation, sources: list[Slot], outputs: list[Slot], name: str, *, in_place: bool = False
+        self,
+        operation: Operation,
+        sources: list[Slot],
+        outputs: list[Slot],
+        name: str,
+        visit: int,
+        *,
+        in_place: bool = False,
     ) -> None:
         inputs = [self._value(slot) for slot in sources]
         # what a kernel returns beside its result (indices, saved statistics) is known to nobody else
@@ -76,20 +97,24 @@ class _Artist:
             outputs, self.graph.add(operation, inputs, [slot.shape for slot in outputs], name), strict=True
         ):
             value.pin(slot.pinned)
+            value.overwritten = slot.overwritten
             self.values[slot] = value
         self.graph.nodes[-1].in_place = in_place
+        self.visits[id(self.graph.nodes[-1])] = visit
 
     def _value(self, slot: Slot) -> Value:
         if slot not in self.values:
-            self.values[slot] = Value(slot.shape, pinned=slot.pinned)
+            self.values[slot] = Value(slot.shape, pinned=slot.pinned, overwritten=slot.overwritten)
         return self.values[slot]
 
     def _draw_pool_and_squeeze(self, operation: Pool, source: Slot, call: Call) -> None:
         kept = tuple(1 if axis in operation.axes else n for axis, n in enumerate(source.shape))
+        before = len(self.graph.nodes)
         (middle,) = self.graph.add(operation, [self._value(source)], [kept], self._name(call, operation))
         (value,) = self.graph.add(Reshape(), [middle], [call.outputs[0].shape], self._name(call, operation))
         value.pin(call.outputs[0].pinned)
         self.values[call.outputs[0]] = value
+        self.visits |= {id(node): call.visit for node in self.graph.nodes[before:]}
 
     def _name(self, call: Call, operation: Operation) -> str:
         if isinstance(operation, Linear):
@@ -155,6 +180,8 @@ class _Artist:
         key = slot.parameter or f"{call.module}:{id(slot)}"
         if key in self.weights:
             known = self.weights[key]
+            known.no_bias = known.no_bias or self._why_no_bias(known.key, call)
+            known.fixed_padding = known.fixed_padding or self._why_fixed(known.key, call)
             if call.node is not None:
                 known.key.nodes.append(call.node)
             if known.layout != layout or known.key.bias != ("" if bias is None else bias.parameter or "?"):
@@ -167,9 +194,9 @@ class _Artist:
             layout,
             lambda: self._stored(site, slot),
             has_bias=bias is not None,
-            no_bias=self._why_no_bias(site),
+            no_bias=self._why_no_bias(site, call),
             locked=self._why_locked(slot, bias, site),
-            fixed_padding=self._why_fixed(site),
+            fixed_padding=self._why_fixed(site, call),
             key=site,
         )
         return self.weights[key]
@@ -196,24 +223,32 @@ class _Artist:
                 return f"{' and '.join(self.owners[self.tensors[name]])} are one tensor: untie them first"
         return ""
 
-    def _why_no_bias(self, site: Site) -> str:
+    def _why_no_bias(self, site: Site, call: Call) -> str:
         owner = self.modules.get(site.module)
         if site.nodes and all(takes_bias(self.model, node) for node in site.nodes):
             return ""
+        if call.module != site.module:
+            return "it is called as a function"
         if owner is None or site.attribute != "weight" or not is_stock(owner):
             return f"{type(owner).__name__} has a forward of its own"
         return ""
 
-    def _why_fixed(self, site: Site) -> str:
+    def _why_fixed(self, site: Site, call: Call) -> str:
         owner = self.modules.get(site.module)
-        stock = owner is not None and is_stock(owner) and getattr(owner, "padding_mode", "") == "zeros"
+        stock = (
+            owner is not None
+            and call.module == site.module
+            and is_stock(owner)
+            and getattr(owner, "padding_mode", "") == "zeros"
+        )
         return "" if stock else "its padding is not that of a layer of torch"
 
     def _lock_what_is_read_otherwise(self) -> None:
         """Lock weights that something else than their linear layer reads."""
-        by_name = {name: weights for weights in self.weights.values() for name in weights.key.names()}
+        by_name: dict[str, Weights | Norm] = dict(self.of_norms)
+        by_name |= {name: weights for weights in self.weights.values() for name in weights.key.names()}
         for call in self.recording.calls:
-            for slot in [] if call.name in _VIEWS else call.slots():
+            for slot in [] if call.name in _VIEWS else call.reads:
                 name = _behind_views(slot)[0].parameter
                 if name in by_name and (id(call), name) not in self.reads and not by_name[name].locked:
                     by_name[name].locked = f"{call.name} in {call.module or 'the model'} reads them too"
@@ -230,16 +265,15 @@ class _Artist:
 
     def _norm(self, call: Call, given: dict[str, Any]) -> Norm:
         slots = [given.get("running_mean"), given.get("running_var"), given.get("weight"), given.get("bias")]
-        replaceable = self._why_not_replaceable(call, slots)
-        key: Any = (call.module, "" if not replaceable else self._order(call), call.node)
+        self.statistics |= {slot.parameter.rpartition(".")[0] for slot in slots[:2] if slot is not None}
+        module = self.modules.get(call.module)
+        layer = isinstance(module, _BatchNorm) and is_stock(module)
+        arguments = self.recording.visits[call.visit].arguments
+        key: Any = (call.module, call.node) if layer or call.node is not None else (call.module, self._order(call))
         if key not in self.norms:
             (mean, variance, gamma, beta), locked = self._arrays(slots)
-            module = self.modules.get(call.module)
-            training = bool(
-                given.get(
-                    "training", given.get("train", "no_training" not in call.name and "no_update" not in call.name)
-                )
-            )
+            guess = "no_training" not in call.name and "no_update" not in call.name
+            training = bool(given.get("training", given.get("train", guess)))
             self.norms[key] = Norm(
                 self._norm_name(call),
                 mean,
@@ -247,12 +281,18 @@ class _Artist:
                 gamma,
                 beta,
                 eps=float(given.get("eps", given.get("epsilon", 0.0))),
-                by_batch=training
-                or (isinstance(module, _BatchNorm) and module.training and module.track_running_stats),
-                locked=replaceable or locked,
-                key=Site(call.module, nodes=_nodes(call), arguments=self.recording.visits[call.visit].arguments),
+                by_batch=training or (layer and module.training and module.track_running_stats),  # type: ignore[union-attr]
+                locked=locked,
+                key=Site(call.module, nodes=_nodes(call), arguments=arguments),
             )
-        return self.norms[key]
+            for slot in slots:
+                if slot is not None and slot.parameter:
+                    self.of_norms[slot.parameter] = self.norms[key]
+        norm = self.norms[key]
+        self.reads |= {(id(call), slot.parameter) for slot in slots if slot is not None}
+        norm.key.arguments = max(norm.key.arguments, arguments)
+        norm.locked = norm.locked or self._why_not_replaceable(call, slots)
+        return norm
 
     def _norm_name(self, call: Call) -> str:
         """Return the dotted name of the module, and of the node where the module has several."""
@@ -278,7 +318,8 @@ class _Artist:
         """Return why no other module can stand in the place of the one that normalizes."""
         module = self.modules.get(call.module)
         if call.node is not None:
-            return ""
+            alone = is_batch_norm(self.model, call.node)
+            return "" if alone else f"it is called inside of {call.node[1]}, which can't be taken apart"
         if not isinstance(module, _BatchNorm):
             return f"{call.module or 'the model'} ({type(module).__name__}) calls batch_norm as a function: use a layer"
         if not is_stock(module):
@@ -287,6 +328,8 @@ class _Artist:
             return "it has a forward hook, which would see other values: remove the hook first"
         if slots[0] is not None and slots[0].parameter.rpartition(".")[0] != call.module:
             return "it normalizes with statistics that are not its own"
+        if module in self.listed:
+            return "it is kept in a list or dict of Python too: use nn.ModuleList or nn.ModuleDict"
         visit = self.recording.visits[call.visit]
         if visit.arguments > 1 and not _takes_only_residual(visit):
             return "it is called with a mask or weights"
@@ -311,7 +354,7 @@ class _Artist:
     def _draw_frozen(self, first: Call) -> set[int]:
         """Draw a visit of a frozen normalization as one node; return the calls that it stands for."""
         visit = self.recording.visits[first.visit]
-        calls = [c for c in self.recording.calls if c.visit == first.visit and any(s.depends for s in c.slots())]
+        calls = [c for c in self.recording.calls if c.visit == first.visit and any(s.depends for s in c.reads)]
         x, y = visit.inputs[0], visit.outputs[0]
         try:
             scale, shift = self.constants.affine(x, y, 1)
@@ -328,18 +371,31 @@ class _Artist:
                 locked="it has a forward hook, which would see other values: remove the hook first" if hooked else "",
                 key=Site(visit.module),
             )  # fmt: skip
-        self._add(Normalize(self.norms[key], 1), [x], [y], visit.module)
+        self._add(Normalize(self.norms[key], 1), [x], [y], visit.module, first.visit)
         return {id(c) for c in calls}
 
     def _uncalled(self) -> list[Norm]:
-        seen = {norm.key.module for norm in self.norms.values()}
+        seen = {norm.key.module for norm in self.norms.values()} | self.statistics
         visited = {visit.module for visit in self.recording.visits}
-        reason = "it does not normalize by fixed statistics, but by those of each example"
-        return [
-            Norm(name, None, None, None, None, 0.0, locked=reason if name in visited else "")
-            for name, module in self.modules.items()
-            if isinstance(module, _BatchNorm) and name not in seen
-        ]
+        constant = {call.module for call in self.recording.calls if call.name in BATCH_NORMS}
+        found = []
+        for name, module in self.modules.items():
+            if isinstance(module, _BatchNorm) and name not in seen:
+                reason = "it does not normalize by fixed statistics, but by those of each example"
+                if name in constant:
+                    reason = "its input is a constant, which does not depend on the input of the model"
+                found.append(Norm(name, None, None, None, None, 0.0, locked=reason if name in visited else ""))
+        return found
+
+
+def _listed(model: nn.Module) -> set[nn.Module]:
+    """Return the modules that some module holds in a plain container, which a replacement would not reach."""
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if key != "_modules" and isinstance(value, list | tuple | dict | set):
+                found |= {leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, nn.Module)}
+    return found
 
 
 def _owners(model: nn.Module) -> dict[Tensor, list[str]]:
@@ -357,7 +413,7 @@ def _behind_views(slot: Slot) -> tuple[Slot, bool]:
     flipped = False
     while slot.source is not None and slot.source.name in _VIEWS and not slot.depends:
         flipped ^= slot.source.name in ("t", "transpose")
-        slot = next(iter(slot.source.slots()))
+        slot = next(iter(slot.source.reads))
     return slot, flipped
 
 

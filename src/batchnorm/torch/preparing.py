@@ -1,5 +1,6 @@
 """Make a model ready to be rewritten where its modules have a ``forward`` of their own."""
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.torch.graphs import structural_copy, trace
+from batchnorm.torch.graphs import own_buffers, structural_copy, trace
 from batchnorm.torch.recording import Call, Recording, record
 
 __all__ = ["BATCH_NORMS", "Prepared", "drop_biases", "is_stock", "prepare", "replace_module"]
@@ -63,19 +64,32 @@ def prepare(model: nn.Module, example: Any) -> Prepared:
         owner: Any = twin.get_submodule(path)
         owner.register_parameter("bias", nn.Parameter(torch.zeros_like(_outputs_of(owner)), owner.weight.requires_grad))
     traced = {}
+    # a forward that is traced may write to buffers
+    scratch = structural_copy(twin, own_buffers)
     for path in functional:
-        graph = trace(twin.get_submodule(path))
+        graph = trace(scratch.get_submodule(path))
         if graph is not None:
+            _share_buffers(graph, twin.get_submodule(path))
             traced[path] = graph
             twin = replace_module(twin, path, graph)
+            scratch = replace_module(scratch, path, graph)
     try:
         recording = record(twin, example)
     except Exception:
         return Prepared(model, recording)
-    read = {slot.parameter for call in recording.calls for slot in call.slots()}
+    read = {slot.parameter for call in recording.calls for slot in call.reads}
     useless = [path for path in biasless if f"{path}.bias".strip(".") not in read]
     drop_biases(twin, useless)
     return Prepared(twin, recording, traced, tuple(set(biasless) - set(useless)))
+
+
+def _share_buffers(graph: fx.GraphModule, module: nn.Module) -> None:
+    for name, buffer in module.named_buffers():
+        owner, _, attribute = name.rpartition(".")
+        with contextlib.suppress(AttributeError):
+            holder = graph.get_submodule(owner)
+            if attribute in holder._buffers:
+                holder._buffers[attribute] = buffer
 
 
 def drop_biases(model: nn.Module, paths: Any) -> None:

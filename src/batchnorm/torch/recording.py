@@ -1,32 +1,36 @@
 """Watch a torch model run: every operation, what it reads and writes, and the module that was running.
 
-The model runs as it stands, on fake tensors that have shapes and no values: nothing is computed and no memory is used. Where
-a program asks for values (detectors do, branches too), it runs on real ones, in a copy; from the first branch on a value of
-its input on, everything is pinned, since another input may take another way.
+The model runs as it stands, on tensors that have shapes and no values: nothing is computed and no memory is used. Where a
+program asks for values (detectors do, branches too), it runs on real ones, in a copy; what such a program does may depend on
+its input, but for the modules that looked at no value.
 """
 
 import contextlib
 import copy
+import gc
+import logging
 import traceback
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from batchnorm.errors import OptionError
-from batchnorm.torch.evaluation import call
-from batchnorm.torch.graphs import watched
+from batchnorm.torch.evaluation import call, kept_generators
+from batchnorm.torch.graphs import own_buffers, structural_copy, watched
 
 __all__ = ["Call", "Recording", "Slot", "record", "tensors_of"]
 
 _READS_A_VALUE = ("_local_scalar_dense", "is_nonzero", "equal", "item", "allclose")
+_LEAVES_TORCH = (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__)
 
 
 @dataclass(eq=False, slots=True)
@@ -40,6 +44,7 @@ class Slot:
         source: the call that wrote it, ``None`` for parameters, inputs and constants from outside.
         depends: whether it depends on the input.
         pinned: why its value may not change.
+        overwritten: whether something is written over it later.
         value: a constant from outside.
     """
 
@@ -49,6 +54,7 @@ class Slot:
     source: "Call | None" = None
     depends: bool = False
     pinned: str = ""
+    overwritten: bool = False
     value: Tensor | None = None
 
 
@@ -60,6 +66,7 @@ class Call:
         function: the overload, as ``aten.convolution.default``.
         args: positional arguments.
         kwargs: named arguments.
+        reads: the tensors among them.
         outputs: what it returned, tensors only.
         module: dotted name of the innermost module that was running.
         visit: which call of that module it was, counted over the whole run.
@@ -70,6 +77,7 @@ class Call:
     function: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    reads: list[Slot]
     outputs: list[Slot]
     module: str
     visit: int
@@ -80,33 +88,80 @@ class Call:
         """The operation without its overload, as ``convolution``."""
         return str(self.function.overloadpacket.__name__)
 
-    def slots(self) -> list[Slot]:
-        """Return the tensors it reads."""
-        return [leaf for leaf in tree_flatten((self.args, self.kwargs))[0] if isinstance(leaf, Slot)]
-
 
 @dataclass(slots=True)
 class Visit:
-    """One call of a module: the tensors it was given and gave."""
+    """One call of a module.
+
+    Args:
+        module: its dotted name.
+        parent: the visit that made it, -1 for the model itself.
+        inputs: the tensors it was given.
+        outputs: the tensors it gave.
+        arguments: how many arguments it was given.
+        only_tensors: whether it was given nothing but tensors.
+        branch: where a value of its input, or a number of results, was looked at while it ran.
+    """
 
     module: str
+    parent: int
     inputs: list[Slot]
     outputs: list[Slot] = field(default_factory=list)
     arguments: int = 1
+    only_tensors: bool = True
+    branch: str = ""
 
 
 @dataclass(slots=True)
 class Recording:
-    """All calls of a run, in order; all visits of modules; the branch on a value, if one was seen."""
+    """All calls of a run, in order, and all visits of modules."""
 
     calls: list[Call] = field(default_factory=list)
     visits: list[Visit] = field(default_factory=list)
-    branch: str = ""
+
+    def why_conditional(self, first: int, second: int) -> str:
+        """Return why what joins two visits may not happen for other inputs; empty where it always does."""
+        common = self._common(first, second)
+        if common < 0 or self.visits[common].branch:
+            return self.visits[common].branch if common >= 0 else ""
+        outer = common
+        while outer >= 0 and not self.visits[outer].branch:
+            outer = self.visits[outer].parent
+        # a branch outside can choose what is handed in
+        return "" if outer < 0 or self.visits[common].only_tensors else self.visits[outer].branch
+
+    def _common(self, first: int, second: int) -> int:
+        line = set()
+        while first >= 0:
+            line.add(first)
+            first = self.visits[first].parent
+        while second >= 0 and second not in line:
+            second = self.visits[second].parent
+        return second
+
+
+class _NeedsValuesError(Exception):
+    """A program asks for the value of a tensor that has none."""
+
+
+class _Doors(TorchFunctionMode):
+    """Notice tensors that leave for Python or NumPy."""
+
+    def __init__(self, recorder: "_Recorder") -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _LEAVES_TORCH:
+            self.recorder.look([self.recorder.slot(args[0])])
+        return func(*args, **(kwargs or {}))
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, has_values: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.has_values = has_values
+        self.aborted = False
         self.recording = Recording()
         self.slots: Any = WeakTensorKeyDictionary()
         self.aliases: dict[int, list[Any]] = {}
@@ -134,27 +189,40 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if func.namespace == "prim":
             return func(*args, **kwargs)
-        read = tree_map(lambda leaf: self.slot(leaf) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-        result = func(*args, **kwargs)
+        reads: list[Slot] = []
+        slotted, named = self._slotted(args, reads), {key: self._slotted(v, reads) for key, v in kwargs.items()}
+        if func.overloadpacket.__name__ in _READS_A_VALUE or torch.Tag.dynamic_output_shape in func.tags:
+            self.look(reads)
+        result = _result(func, args, kwargs)
         module, visit = self.stack[-1]
         node = self.node if self.node is not None and self.node[0] == module else None
-        call = Call(func, read[0], read[1], [], module, visit, node)
-        depends = any(slot.depends for slot in call.slots())
-        if depends and call.name in _READS_A_VALUE:
-            self._branch()
+        call = Call(func, slotted, named, reads, [], module, visit, node)
+        depends = any(slot.depends for slot in reads)
         written = self._written(func, args, kwargs)
         tensors = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
+        before = {id(tensor): self.slots.get(tensor) for tensor in written}
         for tensor in tensors:
             self._write(tensor, call, depends)
         for tensor in written:
+            for slot in reads:
+                slot.overwritten |= slot is before.get(id(tensor))
             if not any(tensor is other for other in tensors):
                 self._write(tensor, call, depends)
             self._spoil_aliases(tensor, call)
         self.recording.calls.append(call)
         return result
 
+    def _slotted(self, value: Any, reads: list[Slot]) -> Any:
+        """Return an argument with slots in the place of its tensors, and note them in ``reads``."""
+        if isinstance(value, Tensor):
+            reads.append(self.slot(value))
+            return reads[-1]
+        if isinstance(value, list | tuple):
+            return type(value)([self._slotted(item, reads) for item in value])
+        return value
+
     def _write(self, tensor: Tensor, call: Call, depends: bool) -> None:
-        slot = Slot(tuple(tensor.shape), tensor.dtype, source=call, depends=depends, pinned=self.recording.branch)
+        slot = Slot(tuple(tensor.shape), tensor.dtype, source=call, depends=depends)
         call.outputs.append(slot)
         self._remember(tensor, slot)
 
@@ -181,26 +249,37 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 old = self.slots.get(tensor)
                 if old is not None:
                     old.pinned = old.pinned or slot.pinned
+                    old.overwritten = True
                 self.slots[tensor] = slot
         self.aliases[key] = [r for r in self.aliases.get(key, []) if r() is not None]
 
-    def _branch(self) -> None:
+    def look(self, reads: list[Slot]) -> None:
+        """Note that the program looks at values that depend on the input, and may go another way for another input."""
+        if not any(slot.depends for slot in reads):
+            return
+        if not self.has_values:
+            self.aborted = True
+            raise _NeedsValuesError
         place = next(
             (f"{f.filename}:{f.lineno}" for f in reversed(traceback.extract_stack()) if not _is_inside(f.filename)),
             "an unknown place",
         )
-        reason = f"the model looks at its values in {place}, and may go another way for another input"
-        self.recording.branch = self.recording.branch or reason
-        for slot in self.slots.values():
-            if slot.depends:
-                slot.pinned = slot.pinned or reason
+        for _, visit in self.stack:
+            if visit >= 0:
+                open_visit = self.recording.visits[visit]
+                open_visit.branch = (
+                    open_visit.branch
+                    or f"the model looks at values in {place}, and may go another way for another input"
+                )
 
     # -- modules ---------------------------------------------------------------------------------------------------
 
     def enter(self, name: str, args: Any, kwargs: Any) -> None:
-        tensors = [self.slot(leaf) for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if leaf is not None]
+        tensors = [self.slot(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
         given = len(args) + sum(v is not None for v in kwargs.values())
-        self.recording.visits.append(Visit(name, tensors, arguments=given))
+        visit = Visit(name, self.stack[-1][1], tensors, arguments=given, only_tensors=len(tensors) == len(leaves))
+        self.recording.visits.append(visit)
         self.stack.append((name, len(self.recording.visits) - 1))
 
     def leave(self, result: Any) -> None:
@@ -209,43 +288,67 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.recording.visits[visit].outputs = [self.slot(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
 
 
+def _result(func: Any, args: Any, kwargs: Any) -> Any:
+    if func is torch.ops.aten.native_batch_norm.default and args[0].is_meta and not args[5]:
+        # its own way to the shapes is a long one
+        return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
+    return func(*args, **kwargs)
+
+
 def record(model: nn.Module, example: Any) -> Recording:
     """Watch a model run on an example, without touching it.
 
     Raises:
         OptionError: the model does not run on the example.
     """
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
-            with FakeCopyMode(fake):
-                twin = copy.deepcopy(model)
-            inputs = tree_map(lambda leaf: fake.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, example)
-            return _watch(twin, inputs)
-    except Exception:  # noqa: S110 - whatever can't be faked is run
-        pass
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-    with torch.random.fork_rng(devices), torch.no_grad():
+    for attempt in (_watch_shapes, _watch_fakes):
+        with contextlib.suppress(Exception), kept_generators(), torch.no_grad():
+            return attempt(model, example)
+    with kept_generators(), torch.no_grad():
         try:
             twin = copy.deepcopy(model)
         except Exception as error:
             raise OptionError(f"the model must be one that copy.deepcopy can copy, but it failed: {error}") from error
         try:
-            return _watch(twin, copy.deepcopy(example))
+            return _watch(twin, copy.deepcopy(example), has_values=True)
         except Exception as error:
             raise OptionError(
                 f"the model must run on the example, but it failed: {type(error).__name__}: {error}"
             ) from error
 
 
-def _watch(model: nn.Module, inputs: Any) -> Recording:
-    recorder = _Recorder(model)
+def _watch_shapes(model: nn.Module, example: Any) -> Recording:
+    """Watch a copy on the meta device: the quickest way."""
+    twin = structural_copy(model, lambda tensor: tensor.detach().to("meta"))
+    return _watch(twin, tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, example))
+
+
+def _watch_fakes(model: nn.Module, example: Any) -> Recording:
+    """Watch a copy on fake tensors, which have a device too; parameters are real, and only their shapes are read."""
+    twin = structural_copy(model, own_buffers)
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            inputs = tree_map(lambda leaf: fake.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, example)
+            return _watch(twin, inputs)
+    finally:
+        log.setLevel(level)
+
+
+def _watch(model: nn.Module, inputs: Any, *, has_values: bool = False) -> Recording:
+    recorder = _Recorder(model, has_values=has_values)
     hooked = _strip_hooks(model)
     for tensor in tensors_of(inputs):
         recorder.input(tensor)
     handles = list(_follow(model, recorder))
     try:
-        with recorder:
+        with recorder, _Doors(recorder):
             result = call(model, inputs)
+        if recorder.aborted:
+            # the program caught what it was told
+            raise _NeedsValuesError
     finally:
         for handle in handles:
             handle.remove()
@@ -256,7 +359,20 @@ def _watch(model: nn.Module, inputs: Any) -> Recording:
         if visit.module in hooked:
             for slot in (*visit.inputs, *visit.outputs):
                 _pin(slot, f"a hook of {visit.module or 'the model'} sees it")
+    _pin_what_is_alive(recorder)
     return recorder.recording
+
+
+def _pin_what_is_alive(recorder: _Recorder) -> None:
+    """Pin what the program still holds after its run, wherever it does."""
+    alive = [slot for slot in recorder.slots.values() if slot.source is not None and slot.depends and not slot.pinned]
+    if alive:
+        # what waits for the collector is held by nobody
+        del alive
+        gc.collect()
+    for slot in recorder.slots.values():
+        if slot.depends and slot.source is not None:
+            _pin(slot, "the program keeps it after its run")
 
 
 def _follow(model: nn.Module, recorder: _Recorder) -> Iterator[Any]:
@@ -297,15 +413,22 @@ def _pin(slot: Slot, reason: str) -> None:
     slot.pinned = slot.pinned or reason
 
 
-def tensors_of(tree: Any) -> list[Tensor]:
-    """Return the tensors of nested containers, dataclasses and plain objects among them."""
-    found = []
-    for leaf in tree_flatten(tree)[0]:
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, nn.Module | type) and not callable(leaf):
-            found += [v for value in vars(leaf).values() for v in tree_flatten(value)[0] if isinstance(v, Tensor)]
-    return found
+def tensors_of(tree: Any, seen: frozenset[int] = frozenset()) -> list[Tensor]:
+    """Return the tensors of nested containers and objects, in a fixed order."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if id(tree) in seen or isinstance(tree, nn.Module | type | str | bytes) or callable(tree):
+        return []
+    inner: list[Any] = []
+    if isinstance(tree, Mapping):
+        inner += tree.values()
+    elif isinstance(tree, list | tuple | set | frozenset):
+        inner += tree
+    inner += getattr(tree, "__dict__", {}).values()
+    for kind in type(tree).__mro__:
+        names = vars(kind).get("__slots__", ())
+        inner += [getattr(tree, name, None) for name in ([names] if isinstance(names, str) else names)]
+    return [tensor for item in inner for tensor in tensors_of(item, seen | {id(tree)})]
 
 
 def _is_inside(filename: str) -> bool:

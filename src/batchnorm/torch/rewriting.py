@@ -16,6 +16,9 @@ from batchnorm.torch.replacements import ChannelPad, Remainder, ScaleShift, tens
 __all__ = ["rewrite"]
 
 
+_DESCRIPTION = ("num_features", "eps", "momentum", "affine", "track_running_stats")
+
+
 def rewrite(model: nn.Module, changes: Changes, biases: tuple[str, ...] = ()) -> nn.Module:
     """Make all changes in a module and return it: the module itself, or what stands in its place if it is a norm.
 
@@ -34,7 +37,7 @@ def rewrite(model: nn.Module, changes: Changes, biases: tuple[str, ...] = ()) ->
     for norm, replacement in changes.norms.items():
         if norm.key.nodes:
             (node,) = norm.key.nodes
-            stand_in = _inner(replacement, next(iter(model.parameters())))
+            stand_in = _inner(replacement, _any_vector(model))
             replace_norm(model, node, replacement, stand_in)
         else:
             model = _replace(model, norm.key, replacement)
@@ -68,7 +71,16 @@ def _replace(model: nn.Module, site: Site, replacement: Affine | Border | None) 
     new = _inner(replacement, old.weight if getattr(old, "weight", None) is not None else old.running_mean)
     if isinstance(old, BatchNorm) and (old.options.activation is not None or site.arguments > 1):
         new = Remainder(new, old.options.activation)
+    for name in _DESCRIPTION:
+        # programs ask their layers for such things
+        if hasattr(old, name) and not hasattr(new, name):
+            setattr(new, name, getattr(old, name))
     return replace_module(model, site.module, new.train(old.training))
+
+
+def _any_vector(model: nn.Module) -> Tensor:
+    tensors = (t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
+    return next(tensors, torch.zeros(0))
 
 
 def _inner(replacement: Affine | Border | None, like: Tensor) -> nn.Module:
