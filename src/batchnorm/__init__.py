@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from batchnorm.affine import Affine as Affine
     from batchnorm.errors import BatchNormError as BatchNormError
     from batchnorm.fold import fold as fold
+    from batchnorm.fold import prune as prune
+    from batchnorm.fold import strip_bias as strip_bias
     from batchnorm.lab import compare as compare
     from batchnorm.moments import Moments as Moments
     from batchnorm.summary import summary as summary
 
-__all__ = ["Affine", "BatchNormError", "Moments", "compare", "fold", "functional", "summary"]
+__all__ = ["Affine", "BatchNormError", "Moments", "compare", "fold", "functional", "prune", "strip_bias", "summary"]
 
 open_lazily(
     __name__,
@@ -31,6 +33,8 @@ open_lazily(
         "compare": ("batchnorm.lab.compare", "lab"),
         "fold": ("batchnorm.fold", ""),
         "functional": ("batchnorm.functional", ""),
+        "prune": ("batchnorm.fold", ""),
+        "strip_bias": ("batchnorm.fold", ""),
         "summary": ("batchnorm.summary", ""),
     },
 )

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import array_api_compat
+import numpy as np
 
 from batchnorm.errors import OptionError, ShapeError
 
-__all__ = ["Array", "constant", "expand", "namespace", "reduced_axes", "where", "widen"]
+__all__ = ["Array", "constant", "expand", "namespace", "reduced_axes", "to_numpy", "where", "widen"]
 
 Array = Any
 """An array of any library that `array_api_compat` knows: NumPy, torch, JAX, ..."""
@@ -24,6 +25,12 @@ def namespace(x: Array) -> Any:
     if found is None:
         found = _namespaces[type(x)] = array_api_compat.array_namespace(x)
     return found
+
+
+def to_numpy(x: Array) -> np.ndarray:
+    """Return ``x`` as a NumPy array in float64, from any device."""
+    x = widen(constant(x))
+    return np.asarray(x.cpu() if hasattr(x, "cpu") else x)
 
 
 def widen(x: Array) -> Array:

@@ -98,7 +98,7 @@ class Weights:
         has_bias: whether a bias is there.
         no_bias: why the layer can't be given a bias; empty where it can.
         locked: why the weights may not change; empty where they may.
-        fixed_padding: why the layer can't be told to pad nothing; empty where it can.
+        fixed: why the layer can't be given another padding or other sizes; empty where it can.
         key: what the wing knows the layer by.
     """
 
@@ -108,7 +108,7 @@ class Weights:
     has_bias: bool
     no_bias: str = ""
     locked: str = ""
-    fixed_padding: str = ""
+    fixed: str = ""
     key: Any = None
 
 
@@ -125,6 +125,7 @@ class Norm:
         eps: added to the variance under the root.
         by_batch: whether it normalizes by the statistics of the batch, as in training.
         locked: why the layer may not be replaced; empty where it may.
+        computed: why the running mean and the parameters are not stored as they are used; empty where they are.
         key: what the wing knows the layer by.
     """
 
@@ -136,6 +137,7 @@ class Norm:
     eps: float
     by_batch: bool = False
     locked: str = ""
+    computed: str = ""
     key: Any = None
 
     @property
@@ -182,10 +184,12 @@ class Activation:
     Args:
         homogeneous: whether ``f(s · x) = s · f(x)`` for every positive s (ReLU, leaky ReLU).
         monotone: whether it never falls.
+        function: computes it on an array in float64; ``None`` where it is not the same for each channel, or not known.
     """
 
     homogeneous: bool = False
     monotone: bool = False
+    function: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,11 +354,21 @@ class Changes:
         norms: what stands in the place of a batch normalization layer: ``None`` for nothing at all, an `Affine` in float64, or
             a `Border`.
         unpadded: linear layers that no longer pad.
+        biasless: linear layers that lose their bias.
+        groups: new numbers of groups of convolutions that lose channels.
+        means: new running means of batch normalization layers.
+        gammas: new scales of batch normalization layers.
+        channels: the channels that batch normalization layers keep, as indices.
     """
 
     weights: dict[Weights, tuple[Array, Array | None]] = field(default_factory=dict)
     norms: dict[Norm, Affine | Border | None] = field(default_factory=dict)
     unpadded: set[Weights] = field(default_factory=set)
+    biasless: set[Weights] = field(default_factory=set)
+    groups: dict[Weights, int] = field(default_factory=dict)
+    means: dict[Norm, np.ndarray] = field(default_factory=dict)
+    gammas: dict[Norm, np.ndarray] = field(default_factory=dict)
+    channels: dict[Norm, np.ndarray] = field(default_factory=dict)
 
 
 class Model(Protocol):

@@ -219,7 +219,7 @@ class _Planner:
         border = Border(_maps_to_zero(fate.affine), axis, paddings.pop())
         absorptions = [Absorption(node, fate.affine, after=False) for node, _ in readers]
         for node, operation in readers:
-            if operation.weights.fixed_padding or operation.in_axis != axis or not operation.every_tap:
+            if operation.weights.fixed or operation.in_axis != axis or not operation.every_tap:
                 raise BlockedError
             self._check_linear(replace(operation, padding=()), node, fate.affine, after=False)
         self._commit(fate, absorptions, "forward")

@@ -92,12 +92,30 @@ class TorchModel:
             self._runner = structural_copy(self.model, own_buffers)
         with untraced(self._runner):
             try:
-                result = call(self._runner, self._cast(inputs))
+                arrays = self._arrays(self._runner, self._cast(inputs))
             except Exception as error:
                 raise OptionError(
                     f"the model must run on the example in {self.precision}, but it failed: {type(error).__name__}: {error}"
                 ) from error
-        return [_array(tensor) for tensor in tensors_of(result)]
+        return arrays
+
+    def _arrays(self, model: nn.Module, inputs: Any) -> list[np.ndarray]:
+        arrays = [_array(tensor) for tensor in tensors_of(call(model, inputs))]
+        if any(np.isfinite(array).any() for array in arrays):
+            return arrays
+        # a detector that finds nothing: what its parts say
+        parts: list[np.ndarray] = []
+        hooks = [
+            part.register_forward_hook(lambda _, args, result: parts.extend(map(_array, tensors_of(result))))
+            for part in model.children()
+            if any(part.children())
+        ]
+        try:
+            call(model, inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return arrays + parts
 
     def _cast(self, inputs: Any) -> Any:
         if self.precision != "float64":

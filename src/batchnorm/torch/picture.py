@@ -13,6 +13,7 @@ from batchnorm.graph import Graph, Layout, Linear, Norm, Normalize, Operation, O
 from batchnorm.torch.constants import Constants, UnknownConstantError
 from batchnorm.torch.graphs import is_batch_norm, takes_bias
 from batchnorm.torch.keys import Site
+from batchnorm.torch.layers import BatchNorm
 from batchnorm.torch.preparing import BATCH_NORMS, is_stock
 from batchnorm.torch.recording import Call, Recording, Slot
 from batchnorm.torch.vocabulary import arguments, read
@@ -53,6 +54,8 @@ class _Artist:
                 continue
             if call.visit in self.frozen:
                 skip |= self._draw_frozen(call)
+            elif type(self.modules.get(call.module)) is nn.Linear and call.node is None:
+                skip |= self._draw_dense(call)
             else:
                 self._draw_call(call)
         self._lock_what_is_read_otherwise()
@@ -67,6 +70,23 @@ class _Artist:
         for value in self.values.values():
             for reader in value.consumers if value.producer is not None else ():
                 value.pin(self.recording.why_conditional(self.visits[id(value.producer)], self.visits[id(reader)]))
+
+    def _draw_dense(self, first: Call) -> set[int]:
+        """Draw a visit of ``nn.Linear`` as one node, however torch takes it apart; return the calls that it stands for."""
+        calls = [c for c in self.recording.calls if c.visit == first.visit]
+        visit = self.recording.visits[first.visit]
+        slots = [_behind_views(slot)[0] for c in calls for slot in c.reads]
+        tensors = {slot.parameter.rpartition(".")[2]: slot for slot in slots if slot.parameter}
+        weights = None
+        if "weight" in tensors and len(visit.inputs) == 1 and visit.inputs[0].depends:
+            weights = self._weights(first, tensors["weight"], tensors.get("bias"), Layout(0, 1))
+        if weights is None:
+            self._draw_call(first)
+            return set()
+        self.reads |= {(id(c), slot.parameter) for slot in tensors.values() for c in calls}
+        last = len(visit.inputs[0].shape) - 1
+        self._add(Linear(weights, last, last), visit.inputs, visit.outputs, weights.name, first.visit)
+        return {id(c) for c in calls}
 
     # -- one call --------------------------------------------------------------------------------------------------
 
@@ -181,7 +201,7 @@ class _Artist:
         if key in self.weights:
             known = self.weights[key]
             known.no_bias = known.no_bias or self._why_no_bias(known.key, call)
-            known.fixed_padding = known.fixed_padding or self._why_fixed(known.key, call)
+            known.fixed = known.fixed or self._why_fixed(known.key, call)
             if call.node is not None:
                 known.key.nodes.append(call.node)
             if known.layout != layout or known.key.bias != ("" if bias is None else bias.parameter or "?"):
@@ -196,7 +216,7 @@ class _Artist:
             has_bias=bias is not None,
             no_bias=self._why_no_bias(site, call),
             locked=self._why_locked(slot, bias, site),
-            fixed_padding=self._why_fixed(site, call),
+            fixed=self._why_fixed(site, call),
             key=site,
         )
         return self.weights[key]
@@ -229,6 +249,8 @@ class _Artist:
             return ""
         if call.module != site.module:
             return "it is called as a function"
+        if owner is not None and site.bias == "" and owner._parameters.get("bias") is not None:
+            return "it has a bias that is not used here"
         if owner is None or site.attribute != "weight" or not is_stock(owner):
             return f"{type(owner).__name__} has a forward of its own"
         return ""
@@ -239,9 +261,9 @@ class _Artist:
             owner is not None
             and call.module == site.module
             and is_stock(owner)
-            and getattr(owner, "padding_mode", "") == "zeros"
+            and getattr(owner, "padding_mode", "zeros") == "zeros"
         )
-        return "" if stock else "its padding is not that of a layer of torch"
+        return "" if stock else "it is no layer of torch that pads with zeros"
 
     def _lock_what_is_read_otherwise(self) -> None:
         """Lock weights that something else than their linear layer reads."""
@@ -283,6 +305,7 @@ class _Artist:
                 eps=float(given.get("eps", given.get("epsilon", 0.0))),
                 by_batch=training or (layer and module.training and module.track_running_stats),  # type: ignore[union-attr]
                 locked=locked,
+                computed=self._why_computed(module, slots),
                 key=Site(call.module, nodes=_nodes(call), arguments=arguments),
             )
             for slot in slots:
@@ -293,6 +316,15 @@ class _Artist:
         norm.key.arguments = max(norm.key.arguments, arguments)
         norm.locked = norm.locked or self._why_not_replaceable(call, slots)
         return norm
+
+    def _why_computed(self, module: nn.Module | None, slots: list[Slot | None]) -> str:
+        """Return why the vectors that a layer uses are not those that it stores."""
+        if not isinstance(module, _BatchNorm):
+            return "it is not a layer of its own"
+        if isinstance(module, BatchNorm) and (module.options.domains or module.options.debias):
+            return "it keeps several running statistics, or debiases them"
+        stored = all(slot is None or slot.parameter for slot in slots)
+        return "" if stored else "its statistics or parameters are computed during the forward pass"
 
     def _norm_name(self, call: Call) -> str:
         """Return the dotted name of the module, and of the node where the module has several."""
@@ -369,6 +401,7 @@ class _Artist:
             self.norms[key] = Norm(
                 visit.module, np.zeros_like(shift), np.ones_like(scale), scale, shift, 0.0,
                 locked="it has a forward hook, which would see other values: remove the hook first" if hooked else "",
+                computed="it is frozen",
                 key=Site(visit.module),
             )  # fmt: skip
         self._add(Normalize(self.norms[key], 1), [x], [y], visit.module, first.visit)

@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from batchnorm.affine import Affine
-from batchnorm.graph import Border, Changes
+from batchnorm.graph import Border, Changes, Norm
 from batchnorm.torch.graphs import add_bias, replace_norm
 from batchnorm.torch.keys import Site
 from batchnorm.torch.layers import BatchNorm
@@ -34,6 +35,16 @@ def rewrite(model: nn.Module, changes: Changes, biases: tuple[str, ...] = ()) ->
         convolution: Any = model.get_submodule(weights.key.module)
         convolution.padding = (0,) * len(convolution.kernel_size)
         convolution._reversed_padding_repeated_twice = [0] * (2 * len(convolution.kernel_size))
+    for weights in changes.biasless:
+        model.get_submodule(weights.key.module).register_parameter("bias", None)
+    for weights in changes.weights:
+        _tell_sizes(model.get_submodule(weights.key.module), changes.groups.get(weights))
+    for norm, mean in changes.means.items():
+        _store_vector(model, norm, "running_mean", mean)
+    for norm, gamma in changes.gammas.items():
+        _store_vector(model, norm, "weight", gamma)
+    for norm, channels in changes.channels.items():
+        _keep_channels(model.get_submodule(norm.key.module), channels)
     for norm, replacement in changes.norms.items():
         if norm.key.nodes:
             (node,) = norm.key.nodes
@@ -56,6 +67,35 @@ def _store(model: nn.Module, site: Any, weight: Tensor, bias: Tensor | None) -> 
             add_bias(model, site.nodes, site.module, nn.Parameter(bias.to(parameter.device), parameter.requires_grad))
         elif bias is not None:
             owner.register_parameter("bias", nn.Parameter(bias.to(parameter.device), parameter.requires_grad))
+
+
+def _tell_sizes(owner: Any, groups: int | None) -> None:
+    """Make the attributes of a layer say what its weight holds."""
+    weight = owner._parameters.get("weight")
+    if type(owner) is nn.Linear:
+        owner.out_features, owner.in_features = weight.shape
+    elif isinstance(owner, nn.modules.conv._ConvNd) and weight is not None:
+        owner.groups = owner.groups if groups is None else groups
+        first, second = weight.shape[:2]
+        sizes = (second * owner.groups, first) if not owner.transposed else (first, second * owner.groups)
+        owner.in_channels, owner.out_channels = sizes
+
+
+def _store_vector(model: nn.Module, norm: Norm, name: str, vector: np.ndarray) -> None:
+    old = getattr(model.get_submodule(norm.key.module), name)
+    if old is not None:
+        with torch.no_grad():
+            old.copy_(tensor_like(vector, old))
+
+
+def _keep_channels(owner: Any, channels: np.ndarray) -> None:
+    index = torch.from_numpy(channels)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        old = getattr(owner, name)
+        if old is not None:
+            old.data = old.data[index.to(old.device)]
+            old.grad = None
+    owner.num_features = len(channels)
 
 
 def _store_bias(owner: nn.Module, name: str, bias: Tensor, weight: nn.Parameter) -> None:

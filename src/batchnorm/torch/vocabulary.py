@@ -5,8 +5,12 @@ where the arguments ask for something that the vocabulary does not have.
 """
 
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any
+
+import numpy as np
+import torch
 
 from batchnorm.graph import Activation, Add, Concat, Identity, Operation, Pad, Pool, Reshape, Transpose
 from batchnorm.torch.recording import Call, Slot
@@ -31,9 +35,17 @@ def read(call: Call) -> Read:
 
 def _activation(*, homogeneous: bool = False, monotone: bool = False) -> Callable[[dict[str, Any], Call], Read]:
     def read_activation(given: dict[str, Any], call: Call) -> Read:
-        return Activation(homogeneous, monotone), [given["self"]]
+        return Activation(homogeneous, monotone, partial(_apply, call)), [given["self"]]
 
     return read_activation
+
+
+def _apply(call: Call, values: np.ndarray) -> np.ndarray:
+    """Compute an activation on other values, with the arguments of its call."""
+    x = torch.from_numpy(np.array(values, dtype=np.float64))
+    args = [x, *call.args[1:]]
+    with torch.no_grad():
+        return np.asarray(call.function(*args, **call.kwargs))
 
 
 def _prelu(given: dict[str, Any], call: Call) -> Read:
