@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
 
-.PHONY: compare test lint docs bench format browser clean help
+.PHONY: compare test lint docs bench zoo format browser clean help
 
 help:            ## this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -22,6 +22,10 @@ $(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@ $(VENV)/.lab
 
+$(VENV)/.zoo: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[zoo]'
+	@touch $@
+
 compare: $(VENV)/.lab  ## train with and without batch normalization on real data; ends in comparison/report.html
 	$(BIN)/batchnorm compare digits --out comparison --jobs $(JOBS)
 
@@ -37,10 +41,14 @@ lint: $(VENV)/.dev  ## format, style, types, floors
 docs: $(VENV)/.dev  ## the documentation site, built strictly, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-bench: $(VENV)/.lab  ## the measured figures of README and docs, in benchmarks/
+zoo: $(VENV)/.zoo  ## fold other people's models by the dozen (slow)
+	$(BIN)/python -m pytest -m zoo -n $(JOBS) --dist worksteal --timeout=1800
+
+bench: $(VENV)/.zoo  ## the measured figures of README and docs, in benchmarks/
 	$(BIN)/batchnorm bench compare --out benchmarks
 	$(BIN)/batchnorm bench effects --out benchmarks
 	$(BIN)/batchnorm bench layers --out benchmarks
+	$(BIN)/batchnorm bench fold --out benchmarks
 
 format: $(VENV)/.dev  ## mend format and style in place
 	$(BIN)/ruff format .

@@ -19,6 +19,7 @@ USER_ERROR, INTERRUPTED = 2, 130
 
 _BENCHES = {
     "compare": "time, scaling and memory of the main job",
+    "fold": "folding beside other tools: what goes, what goes wrong, time and latency",
     "effects": "what each option of the layers does to a small network",
     "layers": "speed and exactness of the layers beside PyTorch's own",
 }
@@ -46,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     _add_compare(verbs)
     _add_summary(verbs)
+    _add_rewrites(verbs)
     _add_bench(verbs)
     return parser
 
@@ -121,6 +123,40 @@ def _summary(given: argparse.Namespace) -> None:
     _say(batchnorm.summary(model, example))
 
 
+def _add_rewrites(verbs: Any) -> None:
+    _add_rewrite(
+        verbs, "fold", "remove batch normalization from a trained network, and prove that nothing else changed"
+    )
+    _add_rewrite(verbs, "strip-bias", "remove the biases that batch normalization subtracts again")
+    pruning = _add_rewrite(verbs, "prune", "remove the channels whose γ is (near) zero")
+    pruning.add_argument(
+        "--threshold", type=float, default=0.0, metavar="T", help="the largest |γ| that counts as zero (0)"
+    )
+
+
+def _add_rewrite(verbs: Any, name: str, what: str) -> argparse.ArgumentParser:
+    verb = _verb(verbs, name, _rewrite, what)
+    verb.set_defaults(verb=name.replace("-", "_"))
+    add = verb.add_argument
+    add("model", help="a .onnx, .keras or .pt2 file, or package.module:factory")
+    add("-o", "--out", type=Path, required=True, metavar="OUT", help="what to write, in the format of its ending")
+    add("--weights", type=Path, metavar="FILE", help="a .safetensors or .pt file of tensors, for a factory")
+    add(
+        "--input",
+        type=_named_shape,
+        action="append",
+        metavar="1,3,224,224",
+        help="shape of an input, or NAME=shape; once for each input (a file may know its own)",
+    )
+    return verb
+
+
+def _rewrite(given: argparse.Namespace) -> None:
+    shell = import_module("batchnorm.fold.shell")
+    options = {"threshold": given.threshold} if given.verb == "prune" else {}
+    _say(shell.run(given.verb, given.model, given.out, weights=given.weights, inputs=given.input or [], **options))
+
+
 def _add_bench(verbs: Any) -> None:
     verb = _verb(verbs, "bench", _bench, "measure the figures of README and docs on this machine")
     verb.add_argument("what", choices=list(_BENCHES), help="; ".join(f"{k}: {v}" for k, v in _BENCHES.items()))
@@ -162,6 +198,11 @@ def _margins(text: str) -> tuple[float, ...]:
 
 def _shape(text: str) -> tuple[int, ...]:
     return _read(text, "sizes with commas between them", lambda: tuple(int(word) for word in _words(text)))
+
+
+def _named_shape(text: str) -> tuple[str, tuple[int, ...]]:
+    name, equals, shape = text.rpartition("=")
+    return name if equals else "", _shape(shape)
 
 
 def _size(text: str) -> tuple[int, int]:

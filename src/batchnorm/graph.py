@@ -390,6 +390,10 @@ class Model(Protocol):
         """Make all changes in the model itself."""
         ...
 
+    def example(self, shapes: list[tuple[str, tuple[int, ...]]]) -> Any | None:
+        """Return random inputs of these names (empty: by position) and shapes; ``None`` for none."""
+        ...
+
     def inputs(self, example: Any | None, seed: int | None) -> Any:
         """Return the inputs of ``example``, or random ones of the same shapes."""
         ...

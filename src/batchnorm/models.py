@@ -9,7 +9,7 @@ from batchnorm.errors import OptionError
 from batchnorm.graph import Model
 from batchnorm.rooms import require
 
-__all__ = ["adapt", "load"]
+__all__ = ["adapt", "check_ending", "load", "save"]
 
 # framework, class that its models have, the view of them; a Keras model on torch is a torch module too, and comes first
 _WINGS = (
@@ -26,6 +26,50 @@ _READERS = {
 }
 
 
+_ENDINGS = {"keras": (".keras",), "onnx": (".onnx",), "torch": (".pt2", ".safetensors", ".pt")}
+
+
+def save(model: Any, path: Path, example: Any) -> None:
+    """Write a model in the format that the ending of the file names, whole or not at all.
+
+    Args:
+        model: of any framework.
+        path: ``.onnx`` and ``.keras`` for models of theirs; ``.pt2``, ``.safetensors`` or ``.pt`` for torch.
+        example: what a torch module is exported with.
+
+    Raises:
+        OptionError: a format that the model can't be written in.
+        OutputError: a place that can't be written to.
+    """
+    check_ending(model, path)
+    module = import_module(f"batchnorm.{_framework(model)}.files")
+    module.save(model, path, *([example] if _framework(model) == "torch" else []))
+
+
+def check_ending(model: Any, path: Path) -> None:
+    """Refuse a file whose ending names a format that a model can't be written in.
+
+    Raises:
+        OptionError: such an ending.
+    """
+    endings = _ENDINGS[_framework(model)]
+    if path.suffix not in endings:
+        raise OptionError(
+            f"a model of {_framework(model)} is written to a file that ends in {' or '.join(endings)}, got {path}"
+        )
+
+
+def _framework(model: Any) -> str:
+    return next(framework for framework, base, _ in _WINGS if _is(model, framework, base))
+
+
+def _is(model: Any, framework: str, base: str) -> bool:
+    known: Any = sys.modules.get(framework)
+    for part in base.split("."):
+        known = getattr(known, part, None)
+    return known is not None and isinstance(model, known)
+
+
 def adapt(model: Any) -> Model:
     """Return the `Model` view of a network.
 
@@ -35,10 +79,7 @@ def adapt(model: Any) -> Model:
         OptionError: no wing knows the type of ``model``.
     """
     for framework, base, room in _WINGS:
-        known: Any = sys.modules.get(framework)
-        for part in base.split("."):
-            known = getattr(known, part, None)
-        if known is not None and isinstance(model, known):
+        if _is(model, framework, base):
             module, name = room.split(":")
             return getattr(import_module(module), name)(model)  # type: ignore[no-any-return]
     if isinstance(model, str | Path):

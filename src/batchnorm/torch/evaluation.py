@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["Inputs", "call", "evaluating", "kept_generators", "untraced"]
+__all__ = ["Inputs", "call", "evaluating", "kept_generators", "positional_and_named", "untraced"]
 
 
 class Inputs(NamedTuple):
@@ -21,13 +21,17 @@ class Inputs(NamedTuple):
 
 def call(model: nn.Module, example: Any) -> Any:
     """Call a model on an example: a tuple holds positional arguments, a dict named ones, anything else is the only one."""
+    args, kwargs = positional_and_named(example)
+    return model(*args, **kwargs)
+
+
+def positional_and_named(example: Any) -> Inputs:
+    """Return what an example calls a model with."""
     if isinstance(example, Inputs):
-        return model(*example.args, **example.kwargs)
-    if isinstance(example, tuple):
-        return model(*example)
+        return example
     if isinstance(example, dict):
-        return model(**example)
-    return model(example)
+        return Inputs((), example)
+    return Inputs(example if isinstance(example, tuple) else (example,), {})
 
 
 @contextmanager

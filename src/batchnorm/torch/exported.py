@@ -53,6 +53,10 @@ class ExportedModel:
         """
         raise OptionError("an ExportedProgram can't be changed in place: use the model of the result")
 
+    def example(self, shapes: list[tuple[str, tuple[int, ...]]]) -> Any | None:
+        """Return random inputs of these names (empty: by position) and shapes; ``None`` for none."""
+        return self._view.example(shapes)
+
     def inputs(self, example: Any | None, seed: int | None) -> Any:
         """Return the example, or the program's own example inputs, or random inputs like them."""
         if example is None:

@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 from batchnorm.errors import DataError, OptionError
 from batchnorm.files import replacing
+from batchnorm.torch.evaluation import positional_and_named
 
 __all__ = ["load", "save"]
 
@@ -93,13 +94,9 @@ def save(model: Any, path: Path, example: Any) -> None:
         example: what a module is exported with: an input, a tuple of inputs, or a dict of named ones.
 
     Raises:
-        OptionError: another ending, or a module that can't be exported.
+        OptionError: a module that can't be exported.
         OutputError: the file can't be written.
     """
-    if path.suffix not in (".pt2", ".safetensors", ".pt"):
-        raise OptionError(
-            f"a torch model is written as .pt2 (a program), .safetensors or .pt (its tensors), got {path}"
-        )
     program = _program(model, example) if path.suffix == ".pt2" else None
     tensors = (
         {name: tensor.detach().contiguous().clone() for name, tensor in model.state_dict().items()}
@@ -120,9 +117,7 @@ def save(model: Any, path: Path, example: Any) -> None:
 def _program(model: nn.Module | ExportedProgram, example: Any) -> ExportedProgram:
     if isinstance(model, ExportedProgram):
         return model
-    args, kwargs = (
-        ((), example) if isinstance(example, dict) else (example if isinstance(example, tuple) else (example,), {})
-    )
+    args, kwargs = positional_and_named(example)
     try:
         return torch.export.export(model, args, kwargs)
     except Exception as error:

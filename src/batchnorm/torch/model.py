@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 from batchnorm.errors import OptionError
 from batchnorm.graph import Changes, Graph, Layer
-from batchnorm.torch.evaluation import call, untraced
+from batchnorm.torch.evaluation import Inputs, call, untraced
 from batchnorm.torch.graphs import own_buffers, structural_copy
 from batchnorm.torch.picture import draw
 from batchnorm.torch.preparing import Prepared, prepare, replace_module
@@ -38,7 +38,7 @@ class TorchModel:
         if example is None:
             raise OptionError(
                 "a torch module must be given an example input, it does not know the shape of its own: "
-                "fold(model, torch.randn(2, 3, 224, 224))"
+                "fold(model, torch.randn(2, 3, 224, 224)), or --input 2,3,224,224"
             )
         tensors = (*self.model.parameters(), *self.model.buffers(), *tensors_of(example))
         if any(is_lazy(tensor) for tensor in tensors):
@@ -72,6 +72,16 @@ class TorchModel:
         for path, graph in ready.traced.items():
             replace_module(self.model, path, graph)
         rewrite(self.model, changes, ready.biases)
+
+    def example(self, shapes: list[tuple[str, tuple[int, ...]]]) -> Any | None:
+        """Return random inputs of these names (empty: by position) and shapes; ``None`` for none."""
+        if not shapes:
+            return None
+        generator = torch.Generator().manual_seed(0)
+        dtype = getattr(torch, self.precision)
+        tensors = [(name, torch.randn(shape, generator=generator).to(dtype)) for name, shape in shapes]
+        args = tuple(tensor for name, tensor in tensors if not name)
+        return Inputs(args, {name: tensor for name, tensor in tensors if name})
 
     def inputs(self, example: Any, seed: int | None) -> Any:
         """Return the example, or random inputs like it."""
