@@ -1,7 +1,11 @@
 """What every test shares: one thread, a seed for each test, and the list of hard inputs."""
 
+import os
 import random
 import sys
+
+# Keras takes TensorFlow where nobody says otherwise
+os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import numpy as np
 import pytest

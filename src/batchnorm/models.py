@@ -1,7 +1,9 @@
 """Find the wing that knows a model, by the model's type or the name of its file, and load it on demand."""
 
+import os
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +84,10 @@ def adapt(model: Any) -> Model:
         if _is(model, framework, base):
             module, name = room.split(":")
             return getattr(import_module(module), name)(model)  # type: ignore[no-any-return]
-    if isinstance(model, str | Path):
+    if isinstance(model, str | Path) and Path(model).suffix in _READERS:
         return adapt(load(str(model)))
     raise OptionError(
-        "a model must be a torch.nn.Module, a torch.export.ExportedProgram, a keras.Model or an onnx.ModelProto, "
+        "a model must be a torch.nn.Module, a torch.export.ExportedProgram, a keras.Model, an onnx.ModelProto or a file, "
         f"got {type(model).__module__}.{type(model).__name__}"
     )
 
@@ -107,4 +109,13 @@ def load(spec: str, weights: Path | None = None) -> Any:
         return require("batchnorm.torch.loading", "torch").load_model(spec, weights)
     if weights is not None:
         raise OptionError(f"weights are given for package.module:factory, {spec} holds its own")
+    if reader[1] == "keras":
+        _choose_backend()
     return require(*reader).load(Path(spec))
+
+
+def _choose_backend() -> None:
+    """Let Keras run on a backend that is installed, where nobody has chosen one: its own choice is TensorFlow."""
+    if "keras" not in sys.modules and find_spec("tensorflow") is None:
+        installed = next((name for name in ("torch", "jax") if find_spec(name) is not None), "tensorflow")
+        os.environ.setdefault("KERAS_BACKEND", installed)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_flatten
 
 from batchnorm.graph import Graph, Layout, Linear, Norm, Normalize, Operation, Other, Pool, Reshape, Value, Weights
@@ -278,7 +279,8 @@ class _Artist:
     # -- batch normalization ---------------------------------------------------------------------------------------
 
     def _batch_norm(self, call: Call) -> tuple[Operation, list[Slot]] | None:
-        if call.name not in BATCH_NORMS:
+        # instance normalization is built on it too
+        if call.name not in BATCH_NORMS or isinstance(self.modules.get(call.module), _InstanceNorm):
             return None
         given = arguments(call)
         x = given["input"]

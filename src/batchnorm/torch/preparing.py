@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from batchnorm.torch.graphs import own_buffers, structural_copy, trace
 from batchnorm.torch.recording import Call, Recording, record
@@ -102,7 +103,7 @@ def _is_functional(model: nn.Module, call: Call) -> bool:
     if call.name not in BATCH_NORMS or call.node is not None:
         return False
     module = model.get_submodule(call.module)
-    return not (isinstance(module, _BatchNorm) and is_stock(module))
+    return not (isinstance(module, _BatchNorm | _InstanceNorm) and is_stock(module))
 
 
 def _without_bias(model: nn.Module, call: Call) -> str | None:
