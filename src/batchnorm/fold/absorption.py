@@ -31,7 +31,9 @@ def absorbed(
     Reference:
         Jacob et al., 2018 (arXiv:1712.05877), section 3.2, for ``after``.
     """
-    w = widen(weight)
+    # a NaN stays one, and is noticed by its channel
+    with np.errstate(invalid="ignore"):
+        w = widen(weight)
     xp = namespace(w)
     shape = w.shape
     if layout.shape is not None:

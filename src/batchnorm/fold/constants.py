@@ -51,6 +51,7 @@ class ConstantChannels:
     Args:
         graph: the network.
         small: the channels of each normalization layer whose γ counts as zero.
+        reshapes: whether a reshape takes another number of channels.
 
     Attributes:
         outputs: output channels that go, for each linear layer.
@@ -59,9 +60,10 @@ class ConstantChannels:
         depthwise: linear layers that lose whole groups.
     """
 
-    def __init__(self, graph: Graph, small: dict[Norm, set[int]]) -> None:
+    def __init__(self, graph: Graph, small: dict[Norm, set[int]], *, reshapes: bool) -> None:
         self.calls: dict[Any, list[Node]] = {**graph.norms(), **graph.weights()}
         self.small = small
+        self.reshapes = reshapes
         self.outputs: dict[Weights, set[int]] = defaultdict(set)
         self.inputs: dict[Weights, dict[int, float]] = defaultdict(dict)
         self.norms: dict[Norm, set[int]] = defaultdict(set)
@@ -150,6 +152,8 @@ class _Cut:
                 self._into_linear(node, operation, constant)
             elif isinstance(operation, Normalize):
                 self._through_norm(node, operation, constant)
+            elif isinstance(operation, Reshape) and not self.whole.reshapes:
+                raise BlockedError(f"{node.name} after it wants the number of channels as it is")
             else:
                 self.forward(node.outputs[0], _through(node, value, constant))
 

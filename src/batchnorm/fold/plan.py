@@ -57,7 +57,8 @@ class Plan:
 def why_not_fixed(norm: Norm) -> str:
     """Return why a layer is no fixed map of each channel, or must not be replaced; empty where it is one and may."""
     if norm.by_batch:
-        return "it normalizes by the statistics of the batch: call .eval() first, or give it running statistics"
+        why = "it normalizes by the statistics of the batch: call .eval() first, or give it running statistics"
+        return norm.locked or why
     if norm.mean is None or norm.variance is None:
         return "it has no running statistics: give it some (recalibrate) or leave it as it is"
     held = [v for v in (norm.mean, norm.variance, norm.gamma, norm.beta) if v is not None]

@@ -16,7 +16,7 @@ EXACT = 1e-12
 FACTOR = 8
 """A rewritten model may stand this many times as far from the model as the model does from float64."""
 CONDITION = 32
-"""The same in float64, predicted from the model's error in its dtype, or from what changed inputs do: rounding is no constant."""
+"""The same in float64, predicted from its error in its dtype or from what changed inputs do: rounding varies."""
 DISTURBANCES = 8
 """How often a model that differs is run on inputs that were changed in the last place, to see whether it jumps by itself."""
 ROUNDINGS = 16

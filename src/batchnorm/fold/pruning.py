@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from batchnorm.arrays import namespace, to_numpy
-from batchnorm.errors import OptionError
+from batchnorm.errors import BatchNormError, OptionError
 from batchnorm.fold.constants import ConstantChannels
 from batchnorm.fold.moving import BlockedError
 from batchnorm.fold.plan import why_not_fixed
 from batchnorm.fold.proof import Error, prove
 from batchnorm.fold.result import Kept
-from batchnorm.graph import Changes, Graph, Norm, Weights
+from batchnorm.graph import Changes, Graph, Model, Norm, Weights
 from batchnorm.models import adapt
 from batchnorm.tables import table
 
@@ -95,36 +95,44 @@ def prune(model: Any, example: Any | None = None, *, threshold: float = 0.0, inp
         raise OptionError(f"threshold must be 0 or positive, got {threshold}")
     before = adapt(model)
     graph = before.graph(example)
-    pruner = _Pruner(graph, threshold)
-    pruner.prune()
-    zeroed = before.changed(Changes(gammas=pruner.gammas()))
-    after = before.changed(pruner.changes(exact=False))
-
-    def widen(wide: Any) -> None:
-        wide.change(pruner.changes(exact=True))
-
-    error = prove(zeroed, after, widen, example)
     inputs = before.inputs(example, None)
-    approximation = _distance(before.outputs(inputs), zeroed.outputs(inputs))
+    expected = before.outputs(inputs)
+    pruner, after = _cut_out(before, graph, threshold, inputs)
+    zeroed = before.changed(Changes(gammas=pruner.gammas()))
+    error = prove(zeroed, after, lambda wide: wide.change(pruner.changes(exact=True)), example)
+    approximation = _distance(expected, zeroed.outputs(inputs))
     if inplace:
         before.change(pruner.changes(exact=False))
         after = before
     return PruneResult(after.model, tuple(pruner.pruned()), tuple(pruner.kept), error, approximation)
 
 
+def _cut_out(before: Model, graph: Graph, threshold: float, inputs: Any) -> "tuple[_Pruner, Model]":
+    """Cut, as far as the model still runs: one with sizes in its program may not, behind a reshape."""
+    pruner = _Pruner(graph, threshold, reshapes=True)
+    try:
+        after = before.changed(pruner.changes(exact=False))
+        after.outputs(inputs)
+    except BatchNormError:
+        pruner = _Pruner(graph, threshold, reshapes=False)
+        after = before.changed(pruner.changes(exact=False))
+    return pruner, after
+
+
 class _Pruner:
-    def __init__(self, graph: Graph, threshold: float) -> None:
+    def __init__(self, graph: Graph, threshold: float, *, reshapes: bool) -> None:
         self.graph = graph
         self.threshold = threshold
         self.small = {norm: self._small(norm) for norm in graph.norms()}
-        self.channels = ConstantChannels(graph, self.small)
+        self.channels = ConstantChannels(graph, self.small, reshapes=reshapes)
         self.kept: list[Kept] = []
+        self._prune()
 
     def _small(self, norm: Norm) -> set[int]:
         """Return the channels whose γ counts as zero."""
         return set() if norm.gamma is None else {int(c) for c in np.flatnonzero(np.abs(norm.gamma) <= self.threshold)}
 
-    def prune(self) -> None:
+    def _prune(self) -> None:
         for norm in self.graph.norms():
             found = self.small[norm]
             reason = why_not_fixed(norm) or norm.computed

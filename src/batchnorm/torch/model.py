@@ -195,7 +195,7 @@ def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _disturbed(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    sign = torch.randint(-1, 2, tensor.shape, generator=generator).to(tensor.device)
+    sign = torch.randint(-1, 2, tensor.shape, generator=generator).to(tensor.device, torch.float64)
     return tensor.detach().double() * (1 + sign * 2.0**-52)
 
 
