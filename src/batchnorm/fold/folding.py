@@ -3,12 +3,15 @@
 from math import inf
 from typing import Any
 
+import numpy as np
+
 from batchnorm.arrays import namespace
+from batchnorm.errors import BatchNormError
 from batchnorm.fold.absorption import absorbed, loss
 from batchnorm.fold.plan import GONE, PLAIN, Fate, Plan, plan_folding
 from batchnorm.fold.proof import prove
 from batchnorm.fold.result import Folded, FoldResult, Kept
-from batchnorm.graph import Changes, Graph, Weights
+from batchnorm.graph import Changes, Graph, Model, Norm, Weights
 from batchnorm.models import adapt
 
 __all__ = ["fold"]
@@ -55,9 +58,17 @@ def fold(model: Any, example: Any | None = None, *, inplace: bool = False) -> Fo
     """
     before = adapt(model)
     graph = before.graph(example)
-    plan, exact, changes = _decide(graph)
+    inputs = before.inputs(example, None)
+    closed: dict[Weights | Norm, str] = {}
+    plan, exact, changes = _decide(graph, closed)
     after = before.changed(changes)
-    error = prove(before, after, lambda wide: wide.change(exact), example)
+    reason = _why_not_running(after, inputs)
+    if reason:
+        # a program that does more with its layers than call them
+        closed |= dict.fromkeys(_culprits(before, graph, list(plan.norms), inputs), f"the model needs it: {reason}")
+        plan, exact, changes = _decide(graph, closed)
+        after = before.changed(changes)
+    error = prove(before, after, lambda wide: wide.change(exact), example, _cancellation(plan))
     if inplace:
         before.change(changes)
         after = before
@@ -71,14 +82,41 @@ def fold(model: Any, example: Any | None = None, *, inplace: bool = False) -> Fo
     return FoldResult(after.model, tuple(folded), tuple(kept), error)
 
 
-def _decide(graph: Graph) -> tuple[Plan, Changes, Changes]:
+def _cancellation(plan: Plan) -> float:
+    """Return how many times larger than its output a norm's ``scale · x`` and ``shift`` may be."""
+    sizes = [np.abs(norm.mean * norm.affine.scale).max(initial=0.0) for norm in plan.norms if norm.mean is not None]
+    return max((float(size) for size in sizes if np.isfinite(size)), default=0.0)
+
+
+def _why_not_running(model: Model, inputs: Any) -> str:
+    try:
+        model.outputs(inputs)
+    except BatchNormError as error:
+        return str(error)
+    return ""
+
+
+def _culprits(before: Model, graph: Graph, norms: list[Norm], inputs: Any, held: tuple[Norm, ...] = ()) -> list[Norm]:
+    """Return norms that must stay as they are, together with those that are held already, so that the model runs."""
+    if len(norms) <= 1:
+        return norms
+    for half in (norms[: len(norms) // 2], norms[len(norms) // 2 :]):
+        changes = _decide(graph, dict.fromkeys((*held, *half), "held"))[2]
+        if not _why_not_running(before.changed(changes), inputs):
+            return _culprits(before, graph, half, inputs, held)
+    first, second = norms[: len(norms) // 2], norms[len(norms) // 2 :]
+    found = _culprits(before, graph, first, inputs, (*held, *second))
+    return found + _culprits(before, graph, second, inputs, (*held, *found))
+
+
+def _decide(graph: Graph, closed: dict[Weights | Norm, str]) -> tuple[Plan, Changes, Changes]:
     """Plan, with the changes in float64 and in the weights' dtype; without what that dtype can't hold."""
-    closed: dict[Weights, str] = {}
+    closed = dict(closed)
     while True:
         plan = plan_folding(graph, closed)
         norms = {norm: _replacement(fate) for norm, fate in plan.norms.items() if fate.state in (GONE, PLAIN)}
         exact, changes = Changes(norms=norms, unpadded=plan.unpadded), Changes(norms=norms, unpadded=plan.unpadded)
-        refused = {}
+        refused: dict[Weights | Norm, str] = {}
         for weights in plan.absorbers():
             reason = _rewrite(weights, plan, exact, changes)
             if reason:

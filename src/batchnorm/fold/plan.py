@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from batchnorm.affine import Affine
+from batchnorm.arrays import namespace
 from batchnorm.fold import motion
 from batchnorm.fold.moving import Absorption, BlockedError, Mover
 from batchnorm.graph import Border, Graph, Linear, Node, Norm, Normalize, Value, Weights
@@ -71,18 +72,18 @@ def why_not_fixed(norm: Norm) -> str:
     return norm.locked
 
 
-def plan_folding(graph: Graph, closed: dict[Weights, str] | None = None) -> Plan:
+def plan_folding(graph: Graph, closed: dict[Weights | Norm, str] | None = None) -> Plan:
     """Decide for every batch normalization layer of a graph where it goes.
 
     Args:
         graph: the picture of the network.
-        closed: linear layers that must not absorb anything, with the reason.
+        closed: linear layers that must not absorb anything, and norms that must stay, with the reason.
     """
     return _Planner(graph, closed or {}).plan()
 
 
 class _Planner:
-    def __init__(self, graph: Graph, closed: dict[Weights, str]) -> None:
+    def __init__(self, graph: Graph, closed: dict[Weights | Norm, str]) -> None:
         self.graph = graph
         self.closed = closed
         self.result = Plan()
@@ -91,7 +92,7 @@ class _Planner:
 
     def plan(self) -> Plan:
         for norm in self.graph.norms():
-            reason = why_not_fixed(norm)
+            reason = why_not_fixed(norm) or self.closed.get(norm, "")
             self.result.norms[norm] = Fate(None, UNTOUCHED, how=reason) if reason else Fate(norm.affine)
         for norm, fate in self.result.norms.items():
             if not fate.state:
@@ -220,6 +221,7 @@ class _Planner:
         border = Border(_maps_to_zero(fate.affine), axis, paddings.pop())
         absorptions = [Absorption(node, fate.affine, after=False) for node, _ in readers]
         for node, operation in readers:
+            _check_range(border.value, operation.weights)
             if operation.weights.fixed or operation.in_axis != axis or not operation.every_tap:
                 raise BlockedError
             self._check_linear(replace(operation, padding=()), node, fate.affine, after=False)
@@ -250,6 +252,12 @@ def _maps_to_zero(affine: Affine) -> np.ndarray:
     if not np.isfinite(value).all():
         raise BlockedError("a scale is so small that the padding value that stands for zero is infinite")
     return value
+
+
+def _check_range(value: np.ndarray, weights: Weights) -> None:
+    weight = weights.read()[0]
+    if np.abs(value).max() > float(namespace(weight).finfo(weight.dtype).max):
+        raise BlockedError(f"the padding value that stands for zero is beyond {weight.dtype}")
 
 
 def _equal(a: Affine, b: Affine) -> bool:

@@ -77,7 +77,9 @@ class Error:
         return "\n".join([*lines, *([self.note] if self.note else [])])
 
 
-def prove(before: Model, after: Model, widen_after: Callable[[Model], None], example: Any) -> Error:
+def prove(
+    before: Model, after: Model, widen_after: Callable[[Model], None], example: Any, cancellation: float = 0.0
+) -> Error:
     """Hold a rewritten model against the model itself, and raise where they differ by more than rounding explains.
 
     In float64 the rewrite is repeated without rounding its weights, and must agree to `EXACT`, or to what the model's own
@@ -89,6 +91,8 @@ def prove(before: Model, after: Model, widen_after: Callable[[Model], None], exa
         after: the rewritten model.
         widen_after: makes the same rewrite in a float64 copy of the model.
         example: what the model runs on.
+        cancellation: how many times larger than their result the terms of a difference are that the rewrite takes: for
+            ``scale · x + shift`` that is ``|mean| · scale``.
 
     Raises:
         VerificationError: a difference beyond its bound, or outputs of other shapes.
@@ -110,13 +114,14 @@ def prove(before: Model, after: Model, widen_after: Callable[[Model], None], exa
         )
     wide, note = _run_wide(before, widen_after, kinds)
     notes += [note] if note else []
-    measured = [_wide(kind, *pair, own[kind], before.precision) for kind, pair in wide.items()]
+    measured = [_wide(kind, *pair, own[kind], before.precision, cancellation) for kind, pair in wide.items()]
     measured = [
         m if m.relative <= m.bound else _disturbed(before, m, kinds[m.inputs], wide[m.inputs][0]) for m in measured
     ]
     if before.precision != "float64" or not wide:
         measured += [
-            _own(kind, own[kind], rewritten[kind], wide.get(kind, (None,))[0], before.precision) for kind in kinds
+            _own(kind, own[kind], rewritten[kind], wide.get(kind, (None,))[0], before.precision, cancellation)
+            for kind in kinds
         ]
     for m in measured:
         if not m.relative <= m.bound:
@@ -143,10 +148,15 @@ def _run_wide(
 
 
 def _wide(
-    kind: str, before: list[np.ndarray], after: list[np.ndarray], own: list[np.ndarray], precision: str
+    kind: str,
+    before: list[np.ndarray],
+    after: list[np.ndarray],
+    own: list[np.ndarray],
+    precision: str,
+    cancellation: float,
 ) -> Measured:
     absolute, relative = _difference(before, after)
-    bound = EXACT
+    bound = max(EXACT, ROUNDINGS * _eps("float64") * cancellation)
     if precision != "float64":
         condition = _difference(before, own)[1] / _eps(precision)
         bound = max(bound, CONDITION * condition * _eps("float64")) if np.isfinite(condition) else bound
@@ -162,10 +172,15 @@ def _disturbed(model: Model, m: Measured, inputs: Any, expected: list[np.ndarray
 
 
 def _own(
-    kind: str, before: list[np.ndarray], after: list[np.ndarray], wide: list[np.ndarray] | None, precision: str
+    kind: str,
+    before: list[np.ndarray],
+    after: list[np.ndarray],
+    wide: list[np.ndarray] | None,
+    precision: str,
+    cancellation: float,
 ) -> Measured:
     absolute, relative = _difference(before, after)
-    bound = ROUNDINGS * _eps(precision)
+    bound = ROUNDINGS * _eps(precision) * max(1.0, cancellation)
     if wide is not None:
         own = _difference(wide, before)[1]
         # outputs that float64 cuts or sorts in another way say nothing about rounding

@@ -121,4 +121,8 @@ def _sizes(value: Any, ranges: Any) -> Any:
 
 
 def _finite(bound: Any) -> int | None:
-    return int(bound) if bound.is_finite and int(bound) < 2**62 else None
+    try:
+        number = int(bound)
+    except (OverflowError, TypeError, AttributeError):
+        return None
+    return number if abs(number) < 2**62 else None

@@ -110,6 +110,8 @@ class Linears:
             return "they are computed during the forward pass"
         if site.bias == "?":
             return "its bias is computed during the forward pass"
+        if self.scene.is_ambiguous(site.module):
+            return "the layer stands in several places of a model that looks at values, and may be used otherwise"
         tensor = self.scene.tensors[slot.parameter]
         if not tensor.is_floating_point():
             return f"they are stored as {tensor.dtype}"

@@ -28,6 +28,7 @@ class TorchModel:
         self._private = private
         self._ready = Prepared(module, Recording(), biases=biases)
         self._runner: nn.Module | None = module if private else None
+        self._last: tuple[Any, list[np.ndarray]] | None = None
 
     def graph(self, example: Any | None) -> Graph:
         """Return the picture of the module as it stands on ``example``."""
@@ -47,6 +48,8 @@ class TorchModel:
             raise OptionError(
                 "the model and its example must hold values, some of their tensors are on the meta device"
             )
+        # whatever a program keeps outside of itself, it shall keep of a real run
+        self.outputs(example)
         self._ready = prepare(self.model, example)
         return draw(self._ready.model, self._ready.recording)
 
@@ -61,7 +64,7 @@ class TorchModel:
         Raises:
             OptionError: the module itself would have to become another object.
         """
-        ready = self._ready
+        ready, self._last = self._ready, None
         if self._private:
             self.model = self._runner = rewrite(self.model, changes, ready.biases)
             return
@@ -97,6 +100,8 @@ class TorchModel:
 
     def outputs(self, inputs: Any) -> list[np.ndarray]:
         """Run in evaluation and return all tensors of the output; floating inputs are cast to the module's dtype."""
+        if self._last is not None and self._last[0] is inputs:
+            return self._last[1]
         if self._runner is None:
             # whatever a forward writes to is not the user's
             self._runner = structural_copy(self.model, own_buffers)
@@ -107,6 +112,7 @@ class TorchModel:
                 raise OptionError(
                     f"the model must run on the example in {self.precision}, but it failed: {type(error).__name__}: {error}"
                 ) from error
+        self._last = (inputs, arrays)
         return arrays
 
     def _arrays(self, model: nn.Module, inputs: Any) -> list[np.ndarray]:

@@ -129,6 +129,8 @@ class Norms:
             return "it normalizes with statistics that are not its own"
         if module in self._listed:
             return "it is kept in a list or dict of Python too: use nn.ModuleList or nn.ModuleDict"
+        if self.scene.is_ambiguous(call.module):
+            return "it stands in several places of a model that looks at values, and may be used otherwise"
         visit = self.scene.recording.visits[call.visit]
         if visit.arguments > 1 and not _takes_only_residual(visit):
             return "it is called with a mask or weights"

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -277,7 +277,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def enter(self, name: str, args: Any, kwargs: Any) -> None:
         leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if leaf is not None]
         tensors = [self.slot(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
-        given = len(args) + sum(v is not None for v in kwargs.values())
+        given = sum(v is not None for v in (*args, *kwargs.values()))
         visit = Visit(name, self.stack[-1][1], tensors, arguments=given, only_tensors=len(tensors) == len(leaves))
         self.recording.visits.append(visit)
         self.stack.append((name, len(self.recording.visits) - 1))
@@ -289,7 +289,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _result(func: Any, args: Any, kwargs: Any) -> Any:
-    if func is torch.ops.aten.native_batch_norm.default and args[0].is_meta and not args[5]:
+    if func is torch.ops.aten.native_batch_norm.default and isinstance(args[0], FakeTensor) and not args[5]:
         # its own way to the shapes is a long one
         return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
     return func(*args, **kwargs)
@@ -301,9 +301,8 @@ def record(model: nn.Module, example: Any) -> Recording:
     Raises:
         OptionError: the model does not run on the example.
     """
-    for attempt in (_watch_shapes, _watch_fakes):
-        with contextlib.suppress(Exception), kept_generators(), torch.no_grad():
-            return attempt(model, example)
+    with contextlib.suppress(Exception), kept_generators(), torch.no_grad():
+        return _watch_shapes(model, example)
     with kept_generators(), torch.no_grad():
         try:
             twin = copy.deepcopy(model)
@@ -318,13 +317,7 @@ def record(model: nn.Module, example: Any) -> Recording:
 
 
 def _watch_shapes(model: nn.Module, example: Any) -> Recording:
-    """Watch a copy on the meta device: the quickest way."""
-    twin = structural_copy(model, lambda tensor: tensor.detach().to("meta"))
-    return _watch(twin, tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, example))
-
-
-def _watch_fakes(model: nn.Module, example: Any) -> Recording:
-    """Watch a copy on fake tensors, which have a device too; parameters are real, and only their shapes are read."""
+    """Watch a copy on fake tensors, which have shapes and a device; parameters are real, and nobody looks at their values."""
     twin = structural_copy(model, own_buffers)
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level = log.level
@@ -343,6 +336,7 @@ def _watch(model: nn.Module, inputs: Any, *, has_values: bool = False) -> Record
     for tensor in tensors_of(inputs):
         recorder.input(tensor)
     handles = list(_follow(model, recorder))
+    settings = _settings(model)
     try:
         with recorder, _Doors(recorder):
             result = call(model, inputs)
@@ -352,6 +346,10 @@ def _watch(model: nn.Module, inputs: Any, *, has_values: bool = False) -> Record
     finally:
         for handle in handles:
             handle.remove()
+    changed = {name for name, setting in _settings(model).items() if setting != settings[name]}
+    for visit in recorder.recording.visits:
+        if visit.module in changed and not visit.branch:
+            visit.branch = next((v.branch for v in recorder.recording.visits if v.branch), "")
     for tensor in tensors_of(result):
         _pin(recorder.slot(tensor), "it is an output of the model")
     _pin_what_is_kept(model, recorder)
@@ -361,6 +359,14 @@ def _watch(model: nn.Module, inputs: Any, *, has_values: bool = False) -> Record
                 _pin(slot, f"a hook of {visit.module or 'the model'} sees it")
     _pin_what_is_alive(recorder)
     return recorder.recording
+
+
+def _settings(model: nn.Module) -> dict[str, Any]:
+    """Return the plain attributes of each module, by which a program may switch it."""
+    return {
+        name: {key: value for key, value in vars(module).items() if isinstance(value, bool | int | float | str | None)}
+        for name, module in model.named_modules()
+    }
 
 
 def _pin_what_is_alive(recorder: _Recorder) -> None:

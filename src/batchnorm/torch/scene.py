@@ -1,6 +1,6 @@
 """What the parts of a picture share: a model, the recording of its run, and what is known of its tensors."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 from torch import Tensor, nn
 
@@ -35,6 +35,12 @@ class Scene:
             self.by_visit[call.visit].append(call)
         self.constants = Constants(self.tensors)
         self.reads: set[tuple[int, str]] = set()
+        self._branches = any(visit.branch for visit in recording.visits)
+        self._places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+
+    def is_ambiguous(self, name: str) -> bool:
+        """Whether a module stands in several places of a model that may go another way."""
+        return self._branches and name in self.modules and self._places[self.modules[name]] > 1
 
 
 def _owners(model: nn.Module) -> dict[Tensor, list[str]]:
