@@ -1,11 +1,5 @@
 """Torch models as files: exported programs are read, programs and tensors are written."""
 
-import json
-import pickle
-import re
-import zipfile
-from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +9,10 @@ from torch.export import ExportedProgram
 
 from batchnorm.errors import DataError, OptionError
 from batchnorm.files import replacing
+from batchnorm.torch.archives import checked_archive
 from batchnorm.torch.evaluation import positional_and_named
 
 __all__ = ["load", "save"]
-
-# what a program may call: operators of torch, and Python's arithmetic on sizes
-_CALLS = re.compile(r"torch\.ops\.[\w.]+|_operator\.\w+|math\.\w+|torch\.(_?sym_\w+)|\w+::[\w.]+")
-# what the size of an axis may be written with: symbols and arithmetic; sympy evaluates the text
-_WORDS = (
-    "Symbol|Integer|Rational|Float|Add|Mul|Pow|Mod|Max|Min|Abs|Eq|Ne|Le|Lt|Ge|Gt|And|Or|Not|Piecewise|FloorDiv|CleanDiv|"
-    "CeilDiv|IntTrueDiv|PythonMod|ModularIndexing|ToFloat|TruncToInt|positive|negative|nonnegative|integer|real|zero|"
-    "nonzero|True|False|oo|int_oo|evaluate"
-)
-_EXPRESSION = re.compile(rf"(?:(?:{_WORDS}|[suz]\w*\d+|\d+)\b|[\s+\-*/(),.<>=!&|~%'])*")
 
 
 def load(path: Path) -> ExportedProgram:
@@ -36,53 +21,11 @@ def load(path: Path) -> ExportedProgram:
     Raises:
         DataError: a file that can't be read, or one that holds compiled code or objects to be unpickled.
     """
+    archive = checked_archive(path)
     try:
-        _check_archive(path)
-        return torch.export.load(path)
-    except DataError:
-        raise
+        return torch.export.load(archive)
     except Exception as error:
         raise DataError(f"{path} must be a program saved by torch.export.save, it can't be read: {error}") from error
-
-
-def _check_archive(path: Path) -> None:
-    """Refuse whatever torch would execute or unpickle into objects."""
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            if (
-                "/aotinductor/" in name
-                or "/custom_obj" in name
-                or "/opaque_obj" in name
-                or name.endswith((".so", ".cpp"))
-            ):
-                raise DataError(f"{path} must hold a program and tensors, it holds {name}, which would be executed")
-            if name.endswith(".json"):
-                _check_json(path, json.loads(archive.read(name)))
-            elif name.endswith(".pt"):
-                _check_tensors(path, name, archive.read(name))
-
-
-def _check_json(path: Path, document: Any) -> None:
-    for key, value in _entries(document):
-        allowed: Any = {"target": _CALLS, "expr_str": _EXPRESSION}.get(key)
-        if key == "use_pickle" and value:
-            raise DataError(f"{path} must hold tensors as plain numbers, some are pickled: save it again on a CPU")
-        if allowed is not None and isinstance(value, str) and not allowed.fullmatch(value):
-            raise DataError(f"{path} must call operators of torch only, got {value[:80]!r}")
-
-
-def _entries(document: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(document, dict):
-        yield from document.items()
-    for item in document.values() if isinstance(document, dict) else document if isinstance(document, list) else ():
-        yield from _entries(item)
-
-
-def _check_tensors(path: Path, name: str, data: bytes) -> None:
-    try:
-        torch.load(BytesIO(data), weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise DataError(f"{path} must hold tensors in {name}, it holds something else: {error}") from error
 
 
 def save(model: Any, path: Path, example: Any) -> None:

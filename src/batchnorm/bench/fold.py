@@ -1,0 +1,241 @@
+"""Folding beside its peers: what each removes, where each is wrong or crashes, how long it takes; latency of folded models."""
+
+import copy
+import datetime
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from scipy.stats import binom
+from torch import nn
+
+import batchnorm
+from batchnorm.bench.adversarial import adversaries
+from batchnorm.bench.judging import judge
+from batchnorm.bench.machine import describe, keep
+from batchnorm.bench.peers import FILE_TOOLS, MODULE_TOOLS, PACKAGES
+from batchnorm.bench.zoo import Member, timm_zoo, torchvision_zoo
+from batchnorm.bench.zoo_transformers import transformers_zoo
+from batchnorm.errors import MissingDependencyError, VerificationError
+from batchnorm.lab.train import one_thread
+from batchnorm.tables import table
+
+__all__ = ["FoldBench", "interval", "run"]
+
+ZOOS: dict[str, Callable[[], list[Member]]] = {
+    "torchvision": torchvision_zoo,
+    "transformers": transformers_zoo,
+    "timm": timm_zoo,
+    "adversarial": adversaries,
+}
+QUICK = {
+    "adversarial": (
+        "Conv2d, 1 groups",
+        "ConvTranspose2d, 2 groups",
+        "convolution with and without its norm",
+        "norm, Conv2d",
+    )
+}
+# of files: a protobuf ends at 2 GiB, and regnet_y_128gf needs more
+MOST_PARAMETERS = 500e6
+WHOLE = ("resnet152", "efficientnet_b6")
+LATENCY = ("mobilenet_v2", "resnet50", "densenet121")
+ROUNDS, PAIRS = 5, 100
+HEAD = ("Tool", "Models", "Norms", "Removed", "Wrong", "Crashed", "Seconds")
+
+
+@dataclass(frozen=True)
+class FoldBench:
+    """Raw values of the measurement; prints as the tables made of them."""
+
+    facts: dict[str, Any]
+    file: Path
+
+    def __str__(self) -> str:
+        lines = []
+        for zoo in dict.fromkeys(row["zoo"] for row in self.facts["models"]):
+            rows = [row for row in self.facts["models"] if row["zoo"] == zoo]
+            lines += [f"{zoo}: {len(rows)} models", table(HEAD, _rows(rows), numbers=len(HEAD) - 1), ""]
+        lines.append(
+            "Removed: absorbed, or for torch.jit and ONNX not in the graph any more. A model counts as wrong where its outputs "
+            "differ by more than rounding explains; what a tool refuses counts as crashed. Seconds: where it returned."
+        )
+        lines += [_whole(row) for row in self.facts["whole"]]
+        lines += [_latency(row) for row in self.facts["latency"]]
+        return "\n".join([*lines, f"raw values: {self.file}"])
+
+
+def run(out: Path, *, quick: bool = False) -> FoldBench:
+    """Let every tool fold every model, measure times, and keep every raw value as JSON in ``out``.
+
+    Raises:
+        MissingDependencyError: a peer, or a library of models, is not installed.
+    """
+    _require(() if quick else ("torchvision", "transformers", "timm", "onnx", *_imported()))
+    facts: dict[str, Any] = {"machine": describe(), "date": datetime.datetime.now(datetime.UTC).isoformat()}
+    # a process that is forked from one with several threads may wait for ever
+    with one_thread():
+        _warm_up()
+        facts["models"] = list(_judged([m for zoo in ZOOS.values() for m in zoo() if not quick or _is_quick(m)]))
+    facts["threads"] = torch.get_num_threads()
+    rounds, pairs = (2, 5) if quick else (ROUNDS, PAIRS)
+    facts["whole"] = [_time_whole(*member, rounds) for member in _speed_models(WHOLE, quick)]
+    facts["latency"] = [_time_latency(*member, pairs) for member in _speed_models(LATENCY, quick)]
+    return FoldBench(facts, keep(facts, out, "fold.json"))
+
+
+def _require(packages: tuple[str, ...]) -> None:
+    missing = [name for name in packages if find_spec(name.partition(".")[0]) is None]
+    if missing:
+        raise MissingDependencyError(
+            f"every peer must be there to be measured, but {', '.join(missing)} is not installed: "
+            f"pip install {' '.join(missing)}"
+        )
+
+
+def _imported() -> tuple[str, ...]:
+    return tuple(name for names in PACKAGES.values() for name in names)
+
+
+def _is_quick(member: Member) -> bool:
+    return member.name in QUICK.get(member.zoo, ())
+
+
+def _warm_up() -> None:
+    """Let every tool import what it needs, which no model shall be charged with."""
+    x, tiny = torch.randn(1, 3, 8, 8), nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    for tool in MODULE_TOOLS.values():
+        with torch.no_grad():
+            tool(copy.deepcopy(tiny), x)
+    for name in (
+        "onnx",
+        "onnxruntime",
+        "onnxsim",
+        "onnxoptimizer",
+        "onnxslim",
+        "onnxscript.optimizer",
+        "onnxscript.rewriter",
+    ):
+        if find_spec(name.partition(".")[0]) is not None:
+            import_module(name)
+
+
+def _judged(members: list[Member]) -> Iterator[dict[str, Any]]:
+    """Judge the tools on one model after the other; one that can't be built or run is told as such."""
+    for member in members:
+        try:
+            _, model, _ = member()
+            small = sum(p.numel() for p in model.parameters()) < MOST_PARAMETERS
+            del model
+            yield judge(member, files=small, negated=member.zoo == "adversarial")
+        except Exception as error:
+            yield {"zoo": member.zoo, "name": member.name, "norms": 0, "tools": {}, "not_run": f"{error}"}
+        gc.collect()
+
+
+# -- times ---------------------------------------------------------------------------------------------------------
+
+
+def _speed_models(names: tuple[str, ...], quick: bool) -> list[tuple[str, nn.Module, torch.Tensor]]:
+    if quick:
+        tiny = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+        return [("a small network", tiny.eval(), torch.randn(1, 3, 32, 32))]
+    built = [member() for member in torchvision_zoo() if member.name in names]
+    return [(name, model, torch.randn(1, 3, 224, 224)) for name, model, _ in built]
+
+
+def _time_whole(name: str, model: nn.Module, x: torch.Tensor, rounds: int) -> dict[str, Any]:
+    """Time folding with its proof, and tracing with freezing, in turns."""
+    raw: dict[str, Any] = {"model": name, "fold": [], "trace and freeze": []}
+    for _ in range(rounds + 1):
+        raw["fold"].append(_seconds(lambda: batchnorm.fold(model, x)))
+        raw["trace and freeze"].append(_seconds(lambda: torch.jit.freeze(torch.jit.trace(model, x))))  # type: ignore[no-untyped-call]
+    # the first round fills caches
+    return raw | {key: raw[key][1:] for key in ("fold", "trace and freeze")}
+
+
+def _time_latency(name: str, model: nn.Module, x: torch.Tensor, pairs: int) -> dict[str, Any]:
+    """Time the folded and the unfolded model in pairs; who comes first changes from pair to pair."""
+    folded = batchnorm.fold(model, x).model
+    raw: dict[str, Any] = {"model": name, "folded": [], "unfolded": []}
+    both = [("folded", folded), ("unfolded", model)]
+    with torch.inference_mode():
+        for _ in range(pairs + 3):
+            for key, net in both:
+                raw[key].append(_seconds(lambda net=net: net(x)))  # type: ignore[misc]
+            both.reverse()
+    return raw | {key: raw[key][3:] for key in ("folded", "unfolded")}
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            started = time.perf_counter()
+            work()
+            return time.perf_counter() - started
+    finally:
+        gc.enable()
+
+
+def interval(values: list[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Return an interval for the median that holds for every distribution: two of the values themselves.
+
+    Example:
+        >>> interval([float(i) for i in range(100)])
+        (39.0, 60.0)
+    """
+    ordered = sorted(values)
+    if not ordered:
+        raise VerificationError("an interval must have values, got none: measure at least one pair")
+    low = int(binom.ppf((1 - confidence) / 2, len(ordered), 0.5))
+    low = max(0, low - 1)
+    return ordered[low], ordered[len(ordered) - 1 - low]
+
+
+# -- tables --------------------------------------------------------------------------------------------------------
+
+
+def _rows(models: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Return a row for each tool; norms of models that a tool crashed on count as not removed."""
+    rows: list[tuple[str, ...]] = []
+    for tool in (*MODULE_TOOLS, *FILE_TOOLS):
+        tried = [(model["norms"], model["tools"][tool]) for model in models if tool in model["tools"]]
+        if not tried:
+            continue
+        norms = sum(n for n, _ in tried)
+        returned = [(n, found) for n, found in tried if "crashed" not in found]
+        removed = sum(max(0, n - found["left"]) for n, found in returned)
+        wrong = sum(found["wrong"] for _, found in returned)
+        seconds = sum(found["seconds"] for _, found in returned)
+        share = f"{removed:,} ({removed / norms:.0%})" if norms else "0"
+        crashed = len(tried) - len(returned)
+        rows.append((tool, str(len(tried)), f"{norms:,}", share, str(wrong), str(crashed), f"{seconds:.0f}"))
+    return rows
+
+
+def _whole(row: dict[str, Any]) -> str:
+    ours, theirs = row["fold"], row["trace and freeze"]
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return (
+        f"{row['model']}, 1×3×224×224: fold with its proof {median(ours):.2f} s, trace and freeze {median(theirs):.2f} s, "
+        f"median ratio {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} interleaved pairs)"
+    )
+
+
+def _latency(row: dict[str, Any]) -> str:
+    ratios = [a / b for a, b in zip(row["folded"], row["unfolded"], strict=True)]
+    low, high = interval(ratios)
+    return (
+        f"{row['model']}, batch 1: folded {1e3 * median(row['folded']):.1f} ms, "
+        f"unfolded {1e3 * median(row['unfolded']):.1f} ms, median ratio {median(ratios):.3f} "
+        f"[{low:.3f}, {high:.3f}], {len(ratios)} interleaved pairs"
+    )

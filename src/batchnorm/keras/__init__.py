@@ -1,0 +1,5 @@
+"""Batch normalization for Keras, on any of its backends; importing it lets Keras load files that hold a `ScaleShift`."""
+
+from batchnorm.keras.layers import ScaleShift as ScaleShift
+
+__all__ = ["ScaleShift"]
