@@ -295,6 +295,9 @@ class Graph:
         uncalled: batch normalization layers that the model holds and did not call.
         borders: whether the wing can put a value of its own around each channel (`Border`).
 
+    Attributes:
+        training: whether the model is in training mode.
+
     Example:
         >>> graph = Graph()
         >>> x = Value((2, 3, 8, 8))
@@ -308,6 +311,7 @@ class Graph:
         self.nodes: list[Node] = []
         self.uncalled = uncalled
         self.borders = borders
+        self.training = False
 
     def add(
         self, operation: Operation, inputs: list[Value], output_shapes: list[tuple[int, ...]], name: str

@@ -63,7 +63,8 @@ def strip_bias(model: Any, example: Any | None = None, *, inplace: bool = False)
     A batch norm subtracts the mean of its input, and with it a bias ``b`` that was added before: in training
     ``(W x + b) - mean(W x + b) = W x - mean(W x)``. In evaluation ``(W x + b) - running_mean = W x - (running_mean - b)``. So
     the bias is dropped, ``b`` is subtracted from the running mean, and outputs, gradients and further training stay as they
-    were, but for rounding.
+    were, but for rounding. Dropout between the two would have dropped the bias too; in evaluation nobody sees it, and the bias
+    goes.
 
     Args:
         model: as in `fold`; training mode is welcome too.
@@ -103,6 +104,7 @@ class _Stripper:
     def __init__(self, graph: Graph) -> None:
         self.calls: dict[Any, list[Node]] = {**graph.norms(), **graph.weights()}
         self.layers = [weights for weights in graph.weights() if weights.has_bias]
+        self.trains = graph.training
         self.mover = Mover(self._take, lambda node: False)
         self.changes = Changes()
         self.stripped: list[Stripped] = []
@@ -149,6 +151,8 @@ class _Stripper:
         operation = node.operation
         if not isinstance(operation, Normalize):
             raise BlockedError(f"{node.name} reads it, which does not normalize")
+        if self.trains and not operation.norm.by_batch:
+            raise BlockedError(f"{node.name} is frozen while others train: the bias still learns there")
         if operation.norm.computed:
             raise BlockedError(f"{node.name} can't take it in: {operation.norm.computed}")
         vectors = motion.along(affine, operation.axis, value.shape[operation.axis])

@@ -84,7 +84,8 @@ def fold(model: Any, example: Any | None = None, *, inplace: bool = False) -> Fo
 
 def _cancellation(plan: Plan) -> float:
     """Return how many times larger than its output a norm's ``scale · x`` and ``shift`` may be."""
-    sizes = [np.abs(norm.mean * norm.affine.scale).max(initial=0.0) for norm in plan.norms if norm.mean is not None]
+    fixed = [norm for norm, fate in plan.norms.items() if fate.affine is not None]
+    sizes = [np.abs(norm.mean * norm.affine.scale).max(initial=0.0) for norm in fixed]
     return max((float(size) for size in sizes if np.isfinite(size)), default=0.0)
 
 

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_flatten
 
+from batchnorm.arrays import to_numpy
 from batchnorm.graph import Norm, Normalize
 from batchnorm.torch.constants import UnknownConstantError
 from batchnorm.torch.graphs import is_batch_norm
@@ -167,6 +168,28 @@ class Norms:
                 key=Site(visit.module),
             )  # fmt: skip
         return Normalize(self.norms[key], 1), visit.inputs[:1]
+
+    def is_training_layer(self, call: Call) -> bool:
+        """Whether a call is inside of a layer of ours that normalizes by the batch, with operations of its own."""
+        module, visit = self.scene.modules.get(call.module), self.scene.recording.visits[call.visit]
+        ours = isinstance(module, BatchNorm) and module.options.activation is None and module.normalizes_by_batch()
+        return ours and visit.arguments == 1
+
+    def read_training_layer(self, visit_number: int) -> tuple[Normalize, list[Slot]]:
+        """Return the normalization by the batch that a visit of a layer of ours is."""
+        visit = self.scene.recording.visits[visit_number]
+        module: Any = self.scene.modules[visit.module]
+        key = (visit.module, None)
+        if key not in self.norms:
+            vectors = (module.running_mean, module.running_var, module.weight, module.bias)
+            mean, variance, gamma, beta = (None if v is None else to_numpy(v) for v in vectors)
+            special = module.options.domains or module.options.debias
+            self.norms[key] = Norm(
+                visit.module, mean, variance, gamma, beta, module.eps, by_batch=True,
+                computed="it keeps several running statistics, or debiases them" if special else "",
+                key=Site(visit.module),
+            )  # fmt: skip
+        return Normalize(self.norms[key], 1), visit.inputs
 
     def uncalled(self) -> list[Norm]:
         """Return the layers of the model that no call was seen of."""

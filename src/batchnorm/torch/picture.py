@@ -26,6 +26,7 @@ class _Artist:
         self.values: dict[Slot, Value] = {}
         self.visits: dict[int, int] = {}
         self.graph = Graph(borders=True)
+        self.graph.training = scene.model.training
 
     def draw(self) -> Graph:
         whole: set[int] = set()
@@ -46,6 +47,8 @@ class _Artist:
         found: tuple[Linear | Normalize, list[Slot]] | None = None
         if call.visit in self.norms.frozen:
             found = self.norms.read_frozen(call.visit)
+        elif self.norms.is_training_layer(call):
+            found = self.norms.read_training_layer(call.visit)
         elif type(self.scene.modules.get(call.module)) is nn.Linear and call.node is None:
             found = self.linears.dense(call.visit)
         if found is None:

@@ -301,22 +301,28 @@ def record(model: nn.Module, example: Any) -> Recording:
     Raises:
         OptionError: the model does not run on the example.
     """
-    with contextlib.suppress(Exception), kept_generators(), torch.no_grad():
-        return _watch_shapes(model, example)
-    with kept_generators(), torch.no_grad():
+    # hooks belong to the user, and are not called; but for models that work by hooks of their own
+    for keep_hooks in (False, True):
+        with contextlib.suppress(Exception), kept_generators(), torch.no_grad():
+            return _watch_shapes(model, example, keep_hooks=keep_hooks)
+    problems = []
+    for keep_hooks in (False, True):
         try:
             twin = copy.deepcopy(model)
         except Exception as error:
             raise OptionError(f"the model must be one that copy.deepcopy can copy, but it failed: {error}") from error
-        try:
-            return _watch(twin, copy.deepcopy(example), has_values=True)
-        except Exception as error:
-            raise OptionError(
-                f"the model must run on the example, but it failed: {type(error).__name__}: {error}"
-            ) from error
+        with kept_generators(), torch.no_grad():
+            try:
+                return _watch(twin, copy.deepcopy(example), has_values=True, keep_hooks=keep_hooks)
+            except Exception as error:
+                problems.append(error)
+    problem = problems[-1]
+    raise OptionError(
+        f"the model must run on the example, but it failed: {type(problem).__name__}: {problem}"
+    ) from problem
 
 
-def _watch_shapes(model: nn.Module, example: Any) -> Recording:
+def _watch_shapes(model: nn.Module, example: Any, *, keep_hooks: bool) -> Recording:
     """Watch a copy on fake tensors, which have shapes and a device; parameters are real, and nobody looks at their values."""
     twin = structural_copy(model, own_buffers)
     log = logging.getLogger("torch._subclasses.fake_tensor")
@@ -325,14 +331,14 @@ def _watch_shapes(model: nn.Module, example: Any) -> Recording:
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             inputs = tree_map(lambda leaf: fake.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, example)
-            return _watch(twin, inputs)
+            return _watch(twin, inputs, keep_hooks=keep_hooks)
     finally:
         log.setLevel(level)
 
 
-def _watch(model: nn.Module, inputs: Any, *, has_values: bool = False) -> Recording:
+def _watch(model: nn.Module, inputs: Any, *, has_values: bool = False, keep_hooks: bool = False) -> Recording:
     recorder = _Recorder(model, has_values=has_values)
-    hooked = _strip_hooks(model)
+    hooked = _hooked(model, strip=not keep_hooks)
     for tensor in tensors_of(inputs):
         recorder.input(tensor)
     handles = list(_follow(model, recorder))
@@ -393,14 +399,15 @@ def _follow(model: nn.Module, recorder: _Recorder) -> Iterator[Any]:
         yield module.register_forward_hook(lambda _, args, result: recorder.leave(result))
 
 
-def _strip_hooks(model: nn.Module) -> set[str]:
-    """Remove the user's hooks from a copy, and return the names of the modules that had some."""
+def _hooked(model: nn.Module, *, strip: bool) -> set[str]:
+    """Return the names of the modules of a copy that have hooks, and remove these if asked."""
     hooked = set()
     for name, module in model.named_modules():
         if not isinstance(module, torch.jit.ScriptModule) and (module._forward_hooks or module._forward_pre_hooks):
             hooked.add(name)
-            module._forward_hooks.clear()
-            module._forward_pre_hooks.clear()
+            if strip:
+                module._forward_hooks.clear()
+                module._forward_pre_hooks.clear()
     return hooked
 
 
