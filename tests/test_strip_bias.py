@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 - its usual name
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
@@ -160,9 +160,7 @@ WORKING = {
         (4, 3, 8, 8),
     ),
     "global pooling": (
-        lambda: nn.Sequential(
-            nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(4), nn.Tanh()
-        ),
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(4), nn.Tanh()),
         (8, 3, 6, 6),
     ),
     "flatten": (
@@ -456,7 +454,11 @@ def test_modes_gradients_and_random_numbers_are_left_as_they_are():
     model[4].eval()
     model[2].eval()
     model[0].weight.grad = torch.ones_like(model[0].weight)
-    modes, torch_state, numpy_state = [m.training for m in model.modules()], torch.get_rng_state(), np.random.get_state()
+    modes, torch_state, numpy_state = (
+        [m.training for m in model.modules()],
+        torch.get_rng_state(),
+        np.random.get_state(),
+    )
     state = copy.deepcopy(model.state_dict())
     result = bn.strip_bias(model, torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
     assert [m.training for m in model.modules()] == modes == [m.training for m in result.model.modules()]

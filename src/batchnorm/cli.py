@@ -1,6 +1,7 @@
 """The command line: one sub-command for each verb, a thin shell."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -16,6 +17,7 @@ __all__ = ["main"]
 T = TypeVar("T")
 
 USER_ERROR, INTERRUPTED = 2, 130
+LONGEST = 600
 
 _BENCHES = {
     "compare": "time, scaling and memory of the main job",
@@ -31,12 +33,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given.run(given)
     except BatchNormError as error:
-        print(f"batchnorm: {error}", file=sys.stderr)  # noqa: T201
+        print(f"batchnorm: {_sentence(error)}", file=sys.stderr)  # noqa: T201
         return USER_ERROR
     except KeyboardInterrupt:
         print("\nbatchnorm: stopped; what was finished is kept, the same command continues", file=sys.stderr)  # noqa: T201
         return INTERRUPTED
     return 0
+
+
+def _sentence(error: Exception) -> str:
+    """Return an error in one line; frameworks' own texts in it may be pages long."""
+    words = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
+    return words if len(words) <= LONGEST else f"{words[:LONGEST]} ..."
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -197,7 +205,10 @@ def _margins(text: str) -> tuple[float, ...]:
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    return _read(text, "sizes with commas between them", lambda: tuple(int(word) for word in _words(text)))
+    sizes = _read(text, "sizes with commas between them", lambda: tuple(int(word) for word in _words(text)))
+    if not sizes or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"must be positive sizes with commas between them, got {text!r}")
+    return sizes
 
 
 def _named_shape(text: str) -> tuple[str, tuple[int, ...]]:

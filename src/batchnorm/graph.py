@@ -38,6 +38,7 @@ __all__ = [
     "Transpose",
     "Value",
     "Weights",
+    "random_arrays",
 ]
 
 
@@ -373,6 +374,20 @@ class Changes:
     means: dict[Norm, np.ndarray] = field(default_factory=dict)
     gammas: dict[Norm, np.ndarray] = field(default_factory=dict)
     channels: dict[Norm, np.ndarray] = field(default_factory=dict)
+
+
+def random_arrays(shapes: list[tuple[str, tuple[int, ...]]]) -> Any | None:
+    """Return float32 noise of these shapes: a dict where all have names, a tuple otherwise, ``None`` for none.
+
+    Example:
+        >>> random_arrays([("x", (2, 3))])["x"].shape
+        (2, 3)
+    """
+    rng = np.random.default_rng(0)
+    arrays = [(name, rng.standard_normal(shape, dtype=np.float32)) for name, shape in shapes]
+    if not arrays:
+        return None
+    return dict(arrays) if all(name for name, _ in arrays) else tuple(array for _, array in arrays)
 
 
 class Model(Protocol):

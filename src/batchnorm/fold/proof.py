@@ -19,6 +19,8 @@ CONDITION = 32
 """The same in float64, predicted from its error in its dtype or from what changed inputs do: rounding varies."""
 DISTURBANCES = 8
 """How often a model that differs is run on inputs that were changed in the last place, to see whether it jumps by itself."""
+UNJUDGED = 4096
+"""Roundings that are allowed to a model that can't be run in float64, so that its own error is not known."""
 ROUNDINGS = 16
 """Roundings that are allowed to a model that is exact by chance."""
 
@@ -180,7 +182,7 @@ def _own(
     cancellation: float,
 ) -> Measured:
     absolute, relative = _difference(before, after)
-    bound = ROUNDINGS * _eps(precision) * max(1.0, cancellation)
+    bound = (UNJUDGED if wide is None else ROUNDINGS) * _eps(precision) * max(1.0, cancellation)
     if wide is not None:
         own = _difference(wide, before)[1]
         # outputs that float64 cuts or sorts in another way say nothing about rounding

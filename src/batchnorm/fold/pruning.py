@@ -133,21 +133,24 @@ class _Pruner:
         return set() if norm.gamma is None else {int(c) for c in np.flatnonzero(np.abs(norm.gamma) <= self.threshold)}
 
     def _prune(self) -> None:
-        for norm in self.graph.norms():
-            found = self.small[norm]
+        reasons: dict[Norm, dict[int, str]] = {}
+        for norm, small in self.small.items():
             reason = why_not_fixed(norm) or norm.computed
-            reasons = [reason] * len(found) if reason else list(self._remove(norm))
-            if reasons:
-                why = "; ".join(dict.fromkeys(reasons))
-                self.kept.append(Kept(norm.name, why, f"{len(reasons)} of {len(found)} small channels kept"))
+            reasons[norm] = dict.fromkeys(small, reason) if reason else dict(self._remove(norm))
+        for norm, small in self.small.items():
+            # a channel may go with another one later on
+            left = {c: reason for c, reason in reasons[norm].items() if c not in self.channels.norms[norm]}
+            if left:
+                why = "; ".join(dict.fromkeys(left.values()))
+                self.kept.append(Kept(norm.name, why, f"{len(left)} of {len(small)} small channels kept"))
 
-    def _remove(self, norm: Norm) -> Iterator[str]:
+    def _remove(self, norm: Norm) -> Iterator[tuple[int, str]]:
         """Cut the small channels of a layer, and yield a reason for each that stays."""
         for channel in sorted(self.small[norm]):
             try:
                 self.channels.remove(norm, channel)
             except BlockedError as blocked:
-                yield str(blocked)
+                yield channel, str(blocked)
 
     def pruned(self) -> list[Pruned]:
         """Return what is gone, in the order of the layers."""

@@ -7,7 +7,7 @@ import numpy as np
 
 from batchnorm.affine import Affine
 from batchnorm.errors import OptionError
-from batchnorm.graph import Changes, Graph, Layer, Norm, Weights
+from batchnorm.graph import Changes, Graph, Layer, Norm, Weights, random_arrays
 from batchnorm.keras import examples
 from batchnorm.keras.internals import (
     as_array,
@@ -96,6 +96,10 @@ class KerasModel:
         )
 
     # -- running it ------------------------------------------------------------------------------------------------
+
+    def example(self, shapes: list[tuple[str, tuple[int, ...]]]) -> Any | None:
+        """Return random inputs of these names (empty: by position) and shapes; ``None`` for none."""
+        return random_arrays(shapes)
 
     def inputs(self, example: Any | None, seed: int | None) -> list[np.ndarray]:
         """Return the arrays of ``example`` in the order of the model's inputs, or random ones of the same shapes.

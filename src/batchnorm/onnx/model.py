@@ -8,7 +8,7 @@ import onnx
 from onnx import TensorProto
 
 from batchnorm.errors import DataError, OptionError
-from batchnorm.graph import Changes, Graph, Layer
+from batchnorm.graph import Changes, Graph, Layer, random_arrays
 from batchnorm.onnx.files import LIMIT, weight_bytes
 from batchnorm.onnx.picture import draw, is_norm
 from batchnorm.onnx.rewriting import rewrite
@@ -128,6 +128,10 @@ class OnnxModel:
             return lambda scope, name: TensorProto.DOUBLE
         shapes = Shapes(self._model, None)
         return lambda scope, name: shapes.elem_type(scope, name) or TensorProto.FLOAT
+
+    def example(self, shapes: list[tuple[str, tuple[int, ...]]]) -> Any | None:
+        """Return random inputs of these names (empty: by position) and shapes; ``None`` for none."""
+        return random_arrays(shapes)
 
     def inputs(self, example: Any | None, seed: int | None) -> dict[str, np.ndarray]:
         """Return the inputs of ``example`` by name, or random ones of the same shapes; whole numbers are only shuffled."""

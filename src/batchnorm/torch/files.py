@@ -1,5 +1,6 @@
 """Torch models as files: exported programs are read, programs and tensors are written."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,17 @@ def _program(model: nn.Module | ExportedProgram, example: Any) -> ExportedProgra
     if isinstance(model, ExportedProgram):
         return model
     args, kwargs = positional_and_named(example)
+    # it would print the whole graph of what it can't export
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._dynamo", "torch._export")]
+    levels = [logger.level for logger in loggers]
     try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
         return torch.export.export(model, args, kwargs)
     except Exception as error:
         raise OptionError(
             f"the model must be one that torch.export can export, but it failed: {error}: write .safetensors instead"
         ) from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

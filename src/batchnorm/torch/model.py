@@ -143,6 +143,11 @@ class TorchModel:
         ready = self._ready
         dtype = getattr(torch, precision)
         twin = structural_copy(ready.model, lambda t: t.to(dtype, copy=True) if t.is_floating_point() else t.clone())
+        for module in twin.modules():
+            # tensors that are no buffers
+            for name, value in vars(module).items():
+                if _is_real(value):
+                    setattr(module, name, value.to(dtype))
         return TorchModel(twin, ready.biases, private=True)
 
     @property

@@ -172,8 +172,12 @@ class Norms:
     def is_training_layer(self, call: Call) -> bool:
         """Whether a call is inside of a layer of ours that normalizes by the batch, with operations of its own."""
         module, visit = self.scene.modules.get(call.module), self.scene.recording.visits[call.visit]
-        ours = isinstance(module, BatchNorm) and module.options.activation is None and module.normalizes_by_batch()
-        return ours and visit.arguments == 1
+        return isinstance(module, BatchNorm) and module.normalizes_by_batch() and visit.arguments == 1
+
+    def has_activation(self, name: str) -> bool:
+        """Whether a module is a layer of ours that ends in an activation."""
+        module = self.scene.modules[name]
+        return isinstance(module, BatchNorm) and module.options.activation is not None
 
     def read_training_layer(self, visit_number: int) -> tuple[Normalize, list[Slot]]:
         """Return the normalization by the batch that a visit of a layer of ours is."""

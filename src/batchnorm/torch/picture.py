@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from batchnorm.graph import Graph, Linear, Norm, Normalize, Operation, Other, Pool, Reshape, Value, Weights
+from batchnorm.graph import Activation, Graph, Linear, Norm, Normalize, Operation, Other, Pool, Reshape, Value, Weights
 from batchnorm.torch.linears import Linears
 from batchnorm.torch.norms import Norms
 from batchnorm.torch.preparing import is_stock
@@ -55,6 +55,11 @@ class _Artist:
             return False
         operation, sources = found
         outputs = self.scene.recording.visits[call.visit].outputs
+        if isinstance(operation, Normalize) and self.norms.has_activation(call.module):
+            middle = Slot(sources[0].shape, sources[0].dtype, depends=True)
+            self._add(operation, sources, [middle], self._name(call, operation), call.visit)
+            self._add(Activation(), [middle], outputs, self._name(call, operation), call.visit)
+            return True
         self._add(operation, sources, outputs, self._name(call, operation), call.visit)
         return True
 
