@@ -205,10 +205,7 @@ def _margins(text: str) -> tuple[float, ...]:
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    sizes = _read(text, "sizes with commas between them", lambda: tuple(int(word) for word in _words(text)))
-    if not sizes or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"must be positive sizes with commas between them, got {text!r}")
-    return sizes
+    return _read(text, "sizes with commas between them", lambda: tuple(int(word) for word in _words(text)))
 
 
 def _named_shape(text: str) -> tuple[str, tuple[int, ...]]:

@@ -139,7 +139,7 @@ class _Pruner:
             reasons[norm] = dict.fromkeys(small, reason) if reason else dict(self._remove(norm))
         for norm, small in self.small.items():
             # a channel may go with another one later on
-            left = {c: reason for c, reason in reasons[norm].items() if c not in self.channels.norms[norm]}
+            left = {c: reason for c, reason in reasons[norm].items() if c not in self.channels.norms.get(norm, ())}
             if left:
                 why = "; ".join(dict.fromkeys(left.values()))
                 self.kept.append(Kept(norm.name, why, f"{len(left)} of {len(small)} small channels kept"))

@@ -42,6 +42,11 @@ def run(
     """
     if not out.parent.is_dir():
         raise OptionError(f"the result must go into a folder that is there, {out.parent} is not")
+    for _, shape in inputs:
+        if not shape or min(shape) < 1:
+            raise OptionError(
+                f"the shape of an input must be positive sizes, got {','.join(map(str, shape)) or 'none'}"
+            )
     loaded = load(model, weights)
     check_ending(loaded, out)
     # what a factory makes is in training mode

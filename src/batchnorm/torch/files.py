@@ -1,6 +1,7 @@
 """Torch models as files: exported programs are read, programs and tensors are written."""
 
-import logging
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +63,11 @@ def _program(model: nn.Module | ExportedProgram, example: Any) -> ExportedProgra
     if isinstance(model, ExportedProgram):
         return model
     args, kwargs = positional_and_named(example)
-    # it would print the whole graph of what it can't export
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._dynamo", "torch._export")]
-    levels = [logger.level for logger in loggers]
     try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        return torch.export.export(model, args, kwargs)
+        # it would print the whole graph of what it can't export
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            return torch.export.export(model, args, kwargs)
     except Exception as error:
         raise OptionError(
             f"the model must be one that torch.export can export, but it failed: {error}: write .safetensors instead"
         ) from error
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
