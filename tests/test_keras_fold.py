@@ -1250,7 +1250,7 @@ def test_the_summary_of_models_inside_of_models_and_of_what_can_not_be_seen():
 
 # -- the other backend ---------------------------------------------------------------------------------------------
 
-ON_JAX = "notes or (separable2d and times and True) or (grouped and True) or mask or saves or left_as_they"
+ON_JAX = "notes or (separable2d and times and True) or (transposed2d and same and True) or embedding or saves"
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="it starts the other backend itself")

@@ -286,6 +286,18 @@ def test_small_channels_of_two_norms_in_a_row_count_as_zero_in_both():
     assert_same(zeroed, result.model, x)
 
 
+def test_a_small_channel_that_goes_with_the_one_it_is_computed_from_counts_as_zero():
+    model, x = trained(depthwise(2)), image()
+    zeroed = copy.deepcopy(model)
+    with torch.no_grad():
+        for net, value in ((model, 0.01), (zeroed, 0.0)):
+            net[1].weight[1] = value
+            net[4].weight[2] = -value
+    result = bn.prune(model, x, threshold=0.1)
+    assert gone(result) == {"1": (1,), "4": (2, 3)}
+    assert_same(zeroed, result.model, x)
+
+
 def test_channels_that_stay_keep_their_small_gammas():
     model, x = trained(block()), image()
     with torch.no_grad():

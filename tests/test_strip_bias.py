@@ -314,6 +314,14 @@ class OneBias(TwoBiases):
         self.b = nn.Conv2d(3, 4, 3, bias=False)
 
 
+class TwoShifts(UsedElsewhere):
+    """A normalization that is called twice, once after the bias and once after twice the bias."""
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.norm(y), self.norm(y + y)
+
+
 class Functional(nn.Module):
     """Statistics of its own, under names of its own."""
 
@@ -369,6 +377,7 @@ KEPT = {
     "returned": (Returned, ["conv"], "output of the model"),
     "norm of two biases": (TwoBiases, ["a", "b"], "norm normalizes the output of other layers too"),
     "norm of one bias": (OneBias, ["a"], "norm normalizes the output of other layers too"),
+    "two shifts": (TwoShifts, ["conv"], "each time after another bias"),
     "functional": (Functional, ["conv"], "not a layer of its own"),
     "bias is read": (ReadsBias, ["conv"], "reads them too"),
     "hook": (hooked, ["0"], "hook"),

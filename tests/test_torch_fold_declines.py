@@ -631,7 +631,10 @@ def test_a_sum_with_a_branch_that_is_not_scaled_stops_a_norm():
 
 
 def test_a_shift_that_is_added_in_part_is_not_passed():
-    model = net(lambda self, x: self.last(torch.add(c := self.conv(x).sigmoid(), self.norm(c), alpha=0.5)))
+    model = net(
+        lambda self, x: self.last(torch.add(c := self.conv(x).sigmoid(), self.norm(c), alpha=0.5)),
+        norm=nn.BatchNorm2d(4, eps=2**-10),
+    )
     with torch.no_grad():
         model.norm.weight.fill_(1.0)
         model.norm.running_var.fill_(1 - model.norm.eps)
@@ -650,7 +653,8 @@ def test_a_shift_that_is_added_in_part_is_not_passed():
         lambda y: F.local_response_norm(y, 2), F.normalize, lambda y: y.transpose(0, 1).reshape(y.shape),
         lambda y: y.reshape(y.shape[0], *y.shape[2:], y.shape[1]).permute(0, 3, 1, 2), lambda y: F.lp_pool2d(y, 2, 2),
         lambda y: F.unfold(y, 1).view(y.shape).roll(1, 1), lambda y: y.std(0, keepdim=True),
-        lambda y: y.logsumexp(2, keepdim=True),
+        lambda y: y.logsumexp(2, keepdim=True), lambda y: y.half(), lambda y: (4 * y).long(),
+        lambda y: y.long(),
     ],
 )  # fmt: skip
 def test_what_does_not_commute_is_not_passed(between):

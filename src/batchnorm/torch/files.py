@@ -1,5 +1,6 @@
 """Torch models as files: exported programs are read, programs and tensors are written."""
 
+import logging
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -63,11 +64,15 @@ def _program(model: nn.Module | ExportedProgram, example: Any) -> ExportedProgra
     if isinstance(model, ExportedProgram):
         return model
     args, kwargs = positional_and_named(example)
+    disabled = logging.root.manager.disable
     try:
         # it would print the whole graph of what it can't export
+        logging.disable(logging.CRITICAL)
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             return torch.export.export(model, args, kwargs)
     except Exception as error:
         raise OptionError(
             f"the model must be one that torch.export can export, but it failed: {error}: write .safetensors instead"
         ) from error
+    finally:
+        logging.disable(disabled)
