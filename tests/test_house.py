@@ -16,7 +16,17 @@ import batchnorm.torch
 from batchnorm import errors
 
 NAMES = {
-    "batchnorm": ["Affine", "BatchNormError", "Moments", "compare", "fold", "functional", "prune", "strip_bias", "summary"],
+    "batchnorm": [
+        "Affine",
+        "BatchNormError",
+        "Moments",
+        "compare",
+        "fold",
+        "functional",
+        "prune",
+        "strip_bias",
+        "summary",
+    ],
     "batchnorm.functional": [
         "Gradients",
         "Normalized",

@@ -72,7 +72,7 @@ def _program(model: nn.Module | ExportedProgram, example: Any) -> ExportedProgra
             return torch.export.export(model, args, kwargs)
     except Exception as error:
         raise OptionError(
-            f"the model must be one that torch.export can export, but it failed: {error}: write .safetensors instead"
+            f"the model must be one that torch.export can export (write .safetensors instead), but it failed: {error}"
         ) from error
     finally:
         logging.disable(disabled)
