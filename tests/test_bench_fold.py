@@ -116,11 +116,11 @@ def test_the_model_is_left_as_it_was_by_every_tool(monkeypatch):
 )
 def test_tools_for_files_are_judged_by_the_file_that_they_were_given(monkeypatch):
     def copied(file, out):
-        out.write_bytes(file.read_bytes())
+        return 0 * out.write_bytes(file.read_bytes())
 
     tools = {"copied": copied, "onnxruntime, basic": FILE_TOOLS["onnxruntime, basic"]}
     monkeypatch.setattr(judging, "MODULE_TOOLS", {})
-    monkeypatch.setattr(judging, "FILE_TOOLS", tools | {"silent": lambda file, out: None})
+    monkeypatch.setattr(judging, "FILE_TOOLS", tools | {"silent": lambda file, out: 0})
     facts = judge(SMALL)
     assert facts["exported_norms"] == 1
     assert facts["tools"]["copied"]["left"] == 1
@@ -218,7 +218,7 @@ def test_figures_come_from_the_recorded_values():
             "tools": {"batchnorm.fold": found(0), "onnxsim": found(5, is_wrong=True)},
         },
     ]
-    whole = [{"model": "net", "fold": [1.0, 2.0, 3.0], "trace and freeze": [2.0, 2.0, 2.0]}]
+    whole = [{"model": "net", "shape": [1, 3, 8, 8], "fold": [1.0, 2.0, 3.0], "trace and freeze": [2.0, 2.0, 2.0]}]
     latency = [{"model": "net", "folded": [0.5] * 20, "unfolded": [1.0] * 20}]
     said = str(FoldBench({"models": models, "whole": whole, "latency": latency}, Path("f.json")))
     rows = {line.split("  ")[0]: line.split()[-6:] for line in said.splitlines() if "(" in line and "%" in line}

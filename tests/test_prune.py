@@ -305,6 +305,10 @@ def test_channels_that_stay_keep_their_small_gammas():
     result = bn.prune(model, x, threshold=0.1)
     assert len(gone(result)["1"]) == 5
     assert result.model[1].weight.item() == pytest.approx(0.01, rel=1e-12)
+    with torch.no_grad():
+        expected, got = model(x), result.model(x)
+    difference = ((got - expected).abs().max() / expected.abs().max()).item()
+    assert result.approximation == pytest.approx(difference, rel=1e-6)
 
 
 @pytest.mark.parametrize("threshold", [-1, -1e-9, float("nan")])
@@ -386,6 +390,14 @@ class AlsoRead(TwoReaders):
         return self.p(self.norm(y)), y
 
 
+class ReadBefore(TwoReaders):
+    """What the norm reads is read by a convolution too."""
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.p(self.norm(y)), self.q(y)
+
+
 class Sliced(TwoReaders):
     def forward(self, x):
         y = self.norm(self.conv(x))
@@ -443,6 +455,7 @@ KEPT = {
     ),
     "shared reader": (SharedReader, "norm", "called several times"),
     "input is an output": (AlsoRead, "norm", "its input"),
+    "input is read by another": (ReadBefore, "norm", "its input is used in another place too"),
     "sliced": (Sliced, "norm", "can't do without the channel"),
     "shuffled": (Shuffled, "norm", ""),
     "hard-coded sizes": (HardCoded, "norm", "wants the number of channels as it is"),

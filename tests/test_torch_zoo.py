@@ -26,6 +26,8 @@ FEW = {
 ZOOS = {"torchvision": torchvision_zoo, "transformers": transformers_zoo, "timm": timm_zoo}
 # keeps a table in float32, whatever its weights are
 ONLY_FLOAT32 = ("DabDetrForObjectDetection",)
+# where a box moves by a rounding, its mask is read from other places: errors of float64 grow by 10⁴
+EXACT_WHERE_ILL = {"maskrcnn_resnet50_fpn": 1e-11, "maskrcnn_resnet50_fpn_v2": 1e-11}
 LINEAR = ("convolution", "_convolution", "addmm", "mm", "linear")
 BATCH_NORM = "batch_norm"
 
@@ -153,16 +155,16 @@ def check_folding(member):
     own = distance(outputs(model, example), outputs(result.model, example))
     assert own <= max(m.bound for m in result.error.measured if m.inputs == "example")
     if member.name not in ONLY_FLOAT32:
-        check_in_float64(model, example, len(gone))
+        check_in_float64(model, example, len(gone), EXACT_WHERE_ILL.get(member.name, EXACT))
 
 
-def check_in_float64(model, example, gone):
+def check_in_float64(model, example, gone, allowed):
     wide, x = copy.deepcopy(model).double(), widened(example)
     expected = outputs(wide, x)
     assert any(v.size for v in expected)
     result = bn.fold(wide, x)
     assert len(result.folded) == gone
-    assert distance(expected, outputs(result.model, x)) <= EXACT
+    assert distance(expected, outputs(result.model, x)) <= allowed
 
 
 @pytest.mark.parametrize("zoo", ["torchvision", "transformers"])

@@ -25,6 +25,7 @@ from batchnorm.bench.adversarial_parts import (
     image,
     in_dtype,
     net,
+    overflowing,
     set_attributes,
     set_norms,
     tied,
@@ -258,9 +259,8 @@ def _numbers() -> list[Member]:
         case(f"{dtype}".removeprefix("torch."), partial(in_dtype, dtype))
         for dtype in (torch.float16, torch.bfloat16, torch.float64)
     ]
-    overflow = case(
-        "float16, overflow", partial(in_dtype, torch.float16), lambda m: set_norms(m, variance=1e-7, eps=1e-7, gamma=40)
-    )
+    huge = {"mean": 0.0, "variance": 1e-7, "eps": 1e-7, "gamma": 1000.0}
+    overflow = case("float16, overflow", overflowing, lambda m: set_norms(m, **huge))
     underflow = case("float16, underflow", partial(in_dtype, torch.float16), lambda m: set_norms(m, gamma=1e-6))
     padded = [
         chain(f"{name}, norm, padded Conv2d", bn, partial(conv, padding=1), finish=changes[name])

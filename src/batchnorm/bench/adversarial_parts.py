@@ -13,7 +13,7 @@ from batchnorm.bench.zoo import Member, norms_of, randomized
 
 __all__ = [
     "Alternating", "Doubled", "Halved", "Net", "Own", "Rectified", "Renamed", "Run", "Standardized", "bn", "case", "chain",
-    "conv", "image", "in_dtype", "net", "set_attributes", "set_norms", "tied", "two_names",
+    "conv", "image", "in_dtype", "net", "overflowing", "set_attributes", "set_norms", "tied", "two_names",
 ]  # fmt: skip
 
 Build = Callable[[], tuple[nn.Module, Any]]
@@ -84,6 +84,11 @@ def net(name: str, run: Run, x: Callable[[], Tensor] = image, finish: Any = lamb
 def in_dtype(dtype: torch.dtype) -> tuple[nn.Module, Any]:
     """Return a small network in a dtype."""
     return nn.Sequential(conv(padding=1), bn(), nn.ReLU(), conv(), bn()).to(dtype), image().to(dtype)
+
+
+def overflowing() -> tuple[nn.Module, Any]:
+    """Return a network in float16 whose outputs are small and whose folded weights are beyond float16."""
+    return nn.Sequential(conv(bias=False), bn()).half(), 1e-4 * image().half()
 
 
 def set_norms(model: nn.Module, **values: float) -> None:

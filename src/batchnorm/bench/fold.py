@@ -63,10 +63,10 @@ class FoldBench:
         for zoo in dict.fromkeys(row["zoo"] for row in self.facts["models"]):
             rows = [row for row in self.facts["models"] if row["zoo"] == zoo]
             lines += [f"{zoo}: {len(rows)} models", table(HEAD, _rows(rows), numbers=len(HEAD) - 1), ""]
-        lines.append(
-            "Removed: absorbed, or for torch.jit and ONNX not in the graph any more. A model counts as wrong where its outputs "
-            "differ by more than rounding explains; what a tool refuses counts as crashed. Seconds: where it returned."
-        )
+        lines += [
+            "Removed: absorbed, or not in the graph any more. Wrong: models whose outputs differ by more",
+            "than rounding explains. Crashed: a process that ended, an error, a refusal. Seconds: where the tool returned.",
+        ]
         lines += [_whole(row) for row in self.facts["whole"]]
         lines += [_latency(row) for row in self.facts["latency"]]
         return "\n".join([*lines, f"raw values: {self.file}"])
@@ -153,7 +153,7 @@ def _speed_models(names: tuple[str, ...], quick: bool) -> list[tuple[str, nn.Mod
 
 def _time_whole(name: str, model: nn.Module, x: torch.Tensor, rounds: int) -> dict[str, Any]:
     """Time folding with its proof, and tracing with freezing, in turns."""
-    raw: dict[str, Any] = {"model": name, "fold": [], "trace and freeze": []}
+    raw: dict[str, Any] = {"model": name, "shape": list(x.shape), "fold": [], "trace and freeze": []}
     for _ in range(rounds + 1):
         raw["fold"].append(_seconds(lambda: batchnorm.fold(model, x)))
         raw["trace and freeze"].append(_seconds(lambda: torch.jit.freeze(torch.jit.trace(model, x))))  # type: ignore[no-untyped-call]
@@ -226,7 +226,8 @@ def _whole(row: dict[str, Any]) -> str:
     ours, theirs = row["fold"], row["trace and freeze"]
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return (
-        f"{row['model']}, 1×3×224×224: fold with its proof {median(ours):.2f} s, trace and freeze {median(theirs):.2f} s, "
+        f"{row['model']}, {'×'.join(map(str, row['shape']))}: fold with its proof {median(ours):.2f} s, "
+        f"trace and freeze {median(theirs):.2f} s, "
         f"median ratio {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} interleaved pairs)"
     )
 

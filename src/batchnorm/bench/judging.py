@@ -170,11 +170,11 @@ def _export(expected: Expected, file: Path) -> dict[str, Any]:
 def _judge_file(fold: FileTool, expected: Expected, file: Path, out: Path, made: dict[str, Any]) -> dict[str, Any]:
     out.unlink(missing_ok=True)
     started = time.perf_counter()
-    fold(file, out)
-    facts: dict[str, Any] = {"seconds": time.perf_counter() - started}
+    plain = fold(file, out)
+    facts: dict[str, Any] = {"seconds": time.perf_counter() - started, "plain": plain}
     norms, products = _normalizations_of_file(out)
     frozen = expected.norms - made["norms"]
-    facts["left"] = norms + max(0, min(frozen, frozen - (made["products"] - products)))
+    facts["left"] = norms + plain + max(0, min(frozen, frozen - (made["products"] - products)))
     with np.load(file.with_suffix(".npz")) as kept:
         flat = [kept[name] for name in kept.files]
     each = len(flat) // len(expected.examples)

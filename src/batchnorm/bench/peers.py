@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import batchnorm
+from batchnorm.fold import FoldResult
 from batchnorm.torch.evaluation import call
 from batchnorm.torch.recording import tensors_of
 
@@ -17,8 +18,8 @@ __all__ = ["FILE_TOOLS", "MODULE_TOOLS", "PACKAGES", "FileTool", "Flat", "Module
 
 ModuleTool = Callable[[nn.Module, Any], tuple[nn.Module, int]]
 """Takes a model and an example, returns the folded model and how many norms became a plain scale and shift."""
-FileTool = Callable[[Path, Path], None]
-"""Reads a file and writes another one."""
+FileTool = Callable[[Path, Path], int]
+"""Reads a file and writes another one, returns how many norms became a plain scale and shift."""
 
 
 class Flat(nn.Module):
@@ -42,7 +43,11 @@ class Flat(nn.Module):
 
 def _ours(model: nn.Module, example: Any) -> tuple[nn.Module, int]:
     result = batchnorm.fold(model, example)
-    return result.model, sum(kept.became != "unchanged" for kept in result.kept)
+    return result.model, _plain(result)
+
+
+def _plain(result: FoldResult) -> int:
+    return sum(kept.became != "unchanged" for kept in result.kept)
 
 
 def _fx_fuse(model: nn.Module, example: Any) -> tuple[nn.Module, int]:
@@ -81,39 +86,45 @@ MODULE_TOOLS: dict[str, ModuleTool] = {
 # -- tools that are given a file -----------------------------------------------------------------------------------
 
 
-def _ours_on_a_file(file: Path, out: Path) -> None:
+def _ours_on_a_file(file: Path, out: Path) -> int:
     result = batchnorm.fold(str(file))
     import_module("onnx").save(result.model, str(out))
+    return _plain(result)
 
 
-def _onnxsim(file: Path, out: Path) -> None:
+def _onnxsim(file: Path, out: Path) -> int:
     onnx = import_module("onnx")
     simplified, _ = import_module("onnxsim").simplify(onnx.load(str(file)))
     onnx.save(simplified, str(out))
+    return 0
 
 
-def _onnxoptimizer(file: Path, out: Path) -> None:
+def _onnxoptimizer(file: Path, out: Path) -> int:
     onnx = import_module("onnx")
     onnx.save(import_module("onnxoptimizer").optimize(onnx.load(str(file))), str(out))
+    return 0
 
 
-def _onnxslim(file: Path, out: Path) -> None:
+def _onnxslim(file: Path, out: Path) -> int:
     onnx = import_module("onnx")
     onnx.save(import_module("onnxslim").slim(onnx.load(str(file))), str(out))
+    return 0
 
 
-def _onnxscript(file: Path, out: Path) -> None:
+def _onnxscript(file: Path, out: Path) -> int:
     onnx = import_module("onnx")
     optimized = import_module("onnxscript.optimizer").optimize(onnx.load(str(file)))
     onnx.save(import_module("onnxscript.rewriter").rewrite(optimized), str(out))
+    return 0
 
 
-def _onnxruntime(file: Path, out: Path) -> None:
+def _onnxruntime(file: Path, out: Path) -> int:
     runtime = import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(out)
     runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return 0
 
 
 FILE_TOOLS: dict[str, FileTool] = {

@@ -124,6 +124,7 @@ def quietly() -> Iterator[None]:
     """Let Keras call what NumPy 2 warns of, and say nothing about a model that it has said when the model was made."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="__array__ implementation doesn't accept a copy keyword")
+        warnings.filterwarnings("ignore", message="The structure of `inputs` doesn't match")
         warnings.filterwarnings("ignore", message="Explicitly requested dtype float64")
         warnings.filterwarnings("ignore", message="When providing `inputs` as a dict")
         warnings.filterwarnings("ignore", message=r"Layer '.*' \(of type .*\) was passed an input with a mask")
@@ -138,6 +139,7 @@ def untraced() -> Iterator[None]:
             import torch
 
             stack.enter_context(torch.no_grad())
+        stack.enter_context(quietly())
         stack.enter_context(keras.StatelessScope(collect_losses=True))
         yield
 

@@ -1,0 +1,2 @@
+open('/tmp/h/MARK','w')
+x=dict
