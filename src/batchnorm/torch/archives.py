@@ -4,6 +4,7 @@
 closed list of what a program of tensors needs, and written into a fresh archive, which is all that torch gets to see.
 """
 
+import ast
 import json
 import pickle
 import re
@@ -32,16 +33,15 @@ _CALLS = re.compile(
     r"torch\.ops\.aten\.(?!from_file\b)\w+\.\w+|torch\.(_?sym_\w+)|math\.(ceil|floor|trunc|sqrt)|"
     r"_operator\.(add|sub|mul|floordiv|truediv|mod|neg|pos|abs|pow|eq|ne|lt|le|gt|ge|getitem|and_|or_|not_)"
 )
-# what the size of an axis may be written with: symbols and arithmetic; sympy evaluates the text
-_WORDS = (
-    "Symbol|Integer|Rational|Float|Add|Mul|Pow|Mod|Max|Min|Abs|Eq|Ne|Le|Lt|Ge|Gt|And|Or|Not|Piecewise|FloorDiv|CleanDiv|"
-    "CeilDiv|IntTrueDiv|PythonMod|ModularIndexing|ToFloat|TruncToInt|positive|negative|nonnegative|integer|real|zero|"
-    "nonzero|True|False|oo|int_oo|evaluate"
+# what the size of an axis may be written with; sympy evaluates the text
+_FUNCTIONS = frozenset(
+    ["Symbol", "Integer", "Rational", "Float", "Add", "Mul", "Pow", "Mod", "Max", "Min", "Abs", "Eq", "Ne", "Le", "Lt", "Ge", "Gt", "And", "Or", "Not", "Piecewise", "FloorDiv", "CleanDiv", "CeilDiv", "IntTrueDiv", "PythonMod", "ModularIndexing", "ToFloat", "TruncToInt"]
 )
-_EXPRESSION = re.compile(rf"(?:(?:{_WORDS}|[suz]\w*\d+|\d+)\b|[\s+\-*/(),.<>=!&|~%'])*")
+_WORDS = frozenset(("True", "False", "oo", "int_oo"))
+_SYMBOL = re.compile(r"[suz]\w*\d+")
+LARGEST_POWER = 8
 _PATTERNS = {
     "target": _CALLS,
-    "expr_str": _EXPRESSION,
     "name": _IDENTIFIER,
     "forward_arg_names": _IDENTIFIER,
     "fqn": _DOTTED,
@@ -121,7 +121,47 @@ def _checked_program(path: Path, data: bytes) -> bytes:
     return json.dumps(program).encode()
 
 
+def _is_arithmetic(node: ast.AST) -> bool:
+    """Whether an expression is arithmetic of symbols and numbers, without powers that take for ever."""
+    if isinstance(node, ast.Call):
+        known = isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS
+        named = all(isinstance(k.value, ast.Constant) and isinstance(k.value.value, bool) for k in node.keywords)
+        small = not known or node.func.id != "Pow" or _is_small(node.args[-1])  # type: ignore[attr-defined]
+        return known and named and small and all(map(_is_arithmetic, node.args))
+    if isinstance(node, ast.Name):
+        return node.id in _WORDS or _SYMBOL.fullmatch(node.id) is not None
+    if isinstance(node, ast.Constant):
+        word = isinstance(node.value, str) and _SYMBOL.fullmatch(node.value) is not None
+        return word or (isinstance(node.value, int | float) and abs(node.value) < 2**63)
+    parts = [
+        child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.operator | ast.unaryop | ast.cmpop)
+    ]
+    operators = ast.Add | ast.Sub | ast.Mult | ast.Div | ast.FloorDiv
+    fine = isinstance(node, ast.UnaryOp | ast.Compare) or (
+        isinstance(node, ast.BinOp) and isinstance(node.op, operators)
+    )
+    return fine and all(map(_is_arithmetic, parts))
+
+
+def _is_small(node: ast.AST) -> bool:
+    """Whether an exponent is a small number: ``2``, ``Integer(2)``, ``Integer(-1)``."""
+    inner = node.args[0] if isinstance(node, ast.Call) and node.args else node
+    inner = inner.operand if isinstance(inner, ast.UnaryOp) else inner
+    return isinstance(inner, ast.Constant) and isinstance(inner.value, int) and inner.value <= LARGEST_POWER
+
+
+def _check_expression(path: Path, text: Any) -> None:
+    try:
+        fine = len(text) < 10_000 and _is_arithmetic(ast.parse(text, mode="eval").body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        fine = False
+    if not fine:
+        raise DataError(f"{path} must write the sizes of axes as arithmetic of symbols, got {str(text)[:80]!r}")
+
+
 def _check_entry(path: Path, key: str, value: Any) -> None:
+    if key == "expr_str":
+        _check_expression(path, value)
     pattern = _PATTERNS.get(key, _DOTTED if key.endswith("_name") else None)
     texts = value if isinstance(value, list) else [value]
     if pattern is not None and any(isinstance(text, str) and not pattern.fullmatch(text) for text in texts):
@@ -156,12 +196,13 @@ def _check_config(path: Path, name: str, entries: dict[str, bytes]) -> None:
             raise DataError(f"{path} must hold all of its tensors, {tensor[:80]} is missing: it may be cut off")
 
 
-def _items(document: Any) -> Iterator[tuple[Any, str, Any]]:
-    """Yield every entry of every object in a JSON document, outermost first."""
+def _items(document: Any, *, names: bool = False) -> Iterator[tuple[Any, str, Any]]:
+    """Yield every entry of every object in a JSON document, outermost first, but for objects whose keys are names."""
     if isinstance(document, dict):
         for key, value in list(document.items()):
-            yield document, key, value
-            yield from _items(document[key])
+            if not names:
+                yield document, key, value
+            yield from _items(document[key], names=not names and key in (*_NAMED, "config"))
     elif isinstance(document, list):
         for item in document:
             yield from _items(item)

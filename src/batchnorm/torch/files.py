@@ -1,7 +1,8 @@
 """Torch models as files: exported programs are read, programs and tensors are written."""
 
 import logging
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ def load(path: Path) -> ExportedProgram:
     """
     archive = checked_archive(path)
     try:
-        return torch.export.load(archive)
+        with _silence():
+            return torch.export.load(archive)
     except Exception as error:
         raise DataError(f"{path} must be a program saved by torch.export.save, it can't be read: {error}") from error
 
@@ -64,15 +66,22 @@ def _program(model: nn.Module | ExportedProgram, example: Any) -> ExportedProgra
     if isinstance(model, ExportedProgram):
         return model
     args, kwargs = positional_and_named(example)
-    disabled = logging.root.manager.disable
     try:
-        # it would print the whole graph of what it can't export
-        logging.disable(logging.CRITICAL)
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        with _silence():
             return torch.export.export(model, args, kwargs)
     except Exception as error:
         raise OptionError(
             f"the model must be one that torch.export can export (write .safetensors instead), but it failed: {error}"
         ) from error
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Hold back what torch prints and logs beside an error: whole graphs, tracebacks."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            yield
     finally:
         logging.disable(disabled)

@@ -342,9 +342,8 @@ def _watch(model: nn.Module, inputs: Any, *, has_values: bool = False, keep_hook
     for tensor in tensors_of(inputs):
         recorder.input(tensor)
     handles = list(_follow(model, recorder))
-    settings = _settings(model)
     try:
-        with recorder, _Doors(recorder):
+        with recorder, _Doors(recorder), _noting_switches() as switched:
             result = call(model, inputs)
         if recorder.aborted:
             # the program caught what it was told
@@ -352,10 +351,7 @@ def _watch(model: nn.Module, inputs: Any, *, has_values: bool = False, keep_hook
     finally:
         for handle in handles:
             handle.remove()
-    changed = {name for name, setting in _settings(model).items() if setting != settings[name]}
-    for visit in recorder.recording.visits:
-        if visit.module in changed and not visit.branch:
-            visit.branch = next((v.branch for v in recorder.recording.visits if v.branch), "")
+    _spread_branches(recorder.recording, {name for name, module in model.named_modules() if module in switched})
     for tensor in tensors_of(result):
         _pin(recorder.slot(tensor), "it is an output of the model")
     _pin_what_is_kept(model, recorder)
@@ -367,12 +363,29 @@ def _watch(model: nn.Module, inputs: Any, *, has_values: bool = False, keep_hook
     return recorder.recording
 
 
-def _settings(model: nn.Module) -> dict[str, Any]:
-    """Return the plain attributes of each module, by which a program may switch it."""
-    return {
-        name: {key: value for key, value in vars(module).items() if isinstance(value, bool | int | float | str | None)}
-        for name, module in model.named_modules()
-    }
+@contextlib.contextmanager
+def _noting_switches() -> Iterator[set[nn.Module]]:
+    """Note the modules that a program sets attributes of while it runs: so it may switch what they do."""
+    switched: set[nn.Module] = set()
+    original = nn.Module.__setattr__
+
+    def noting(module: nn.Module, name: str, value: Any) -> None:
+        switched.add(module)
+        original(module, name, value)
+
+    nn.Module.__setattr__ = noting  # type: ignore[method-assign, assignment]
+    try:
+        yield switched
+    finally:
+        nn.Module.__setattr__ = original  # type: ignore[method-assign]
+
+
+def _spread_branches(recording: Recording, switched: set[str]) -> None:
+    """Let what a branch may have switched be conditional as well."""
+    branch = next((visit.branch for visit in recording.visits if visit.branch), "")
+    for visit in recording.visits:
+        if visit.module in switched:
+            visit.branch = visit.branch or branch
 
 
 def _pin_what_is_alive(recorder: _Recorder) -> None:

@@ -1,2 +1,0 @@
-open('/tmp/h/MARK','w')
-x=1
