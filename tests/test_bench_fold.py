@@ -19,7 +19,7 @@ from batchnorm.bench import judging
 from batchnorm.bench.adversarial import adversaries
 from batchnorm.bench.fold import FoldBench, interval
 from batchnorm.bench.judging import distance, judge, normalizations
-from batchnorm.bench.peers import FILE_TOOLS, MODULE_TOOLS, PACKAGES
+from batchnorm.bench.peers import FILE_TOOLS, MODULE_TOOLS, PACKAGES, Refitted
 from batchnorm.bench.zoo import TIMM, TORCHVISION, Member, norms_of, randomized
 from batchnorm.bench.zoo_transformers import transformers_zoo
 from batchnorm.errors import MissingDependencyError, OptionError, VerificationError
@@ -160,7 +160,7 @@ class FrozenBatchNorm2d(Frozen):
         (nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)), (2, 0)),
         (nn.Sequential(nn.Conv2d(4, 4, 1), FrozenBatchNorm2d()), (1, 0)),
         (nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()), (0, 0)),
-        (torch.jit.trace(nn.BatchNorm2d(4).eval(), torch.randn(1, 4, 3, 3)), (1, 0)),
+        (Refitted(torch.jit.freeze(torch.jit.trace(nn.BatchNorm2d(4).eval(), torch.randn(1, 4, 3, 3)))), (1, 0)),
     ],
     ids=["norms", "frozen", "none", "traced"],
 )

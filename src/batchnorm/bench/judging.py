@@ -259,7 +259,7 @@ class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.norms += "batch_norm" in name
         if name in ("mul", "mul_"):
             shapes = [tuple(v.shape) for v in args if isinstance(v, Tensor)]
-            channels = [s for s in shapes if len(s) == 4 and s[0] == s[2] == s[3] == 1 and s[1] > 1]
+            channels = [shape for shape in shapes if _is_of_channels(shape)]
             self.products += len(shapes) == 2 and len(channels) == 1
         return func(*args, **(kwargs or {}))
 
@@ -269,7 +269,9 @@ def normalizations(model: nn.Module, example: Any) -> tuple[int, int]:
 
     Frozen norms of other libraries, which multiply and add, count as normalizations.
     """
-    model = copy.deepcopy(model) if not isinstance(model, Refitted) else model
+    if isinstance(model, Refitted):
+        return _normalizations_of_program(model.program)
+    model = copy.deepcopy(model)
     frozen: list[Any] = []
     for norm in norms_of(model).values():
         if "BatchNorm" in type(norm).__name__ and not isinstance(norm, nn.modules.batchnorm._BatchNorm):
@@ -277,9 +279,23 @@ def normalizations(model: nn.Module, example: Any) -> tuple[int, int]:
     counted = _Counted()
     with counted, torch.no_grad(), torch.random.fork_rng(devices=()):
         call(model, example)
-    subclassed = sum(any(True for _ in module.children()) for module in frozen)
-    own = len(frozen) - subclassed
+    own = sum(not any(True for _ in module.children()) for module in frozen)
     return counted.norms + own, counted.products - own
+
+
+def _normalizations_of_program(program: Any) -> tuple[int, int]:
+    """Count in the graph of a frozen program, whose modules are all inlined."""
+    norms = program.graph.findAllNodes("aten::batch_norm", recurse=True)
+    products = [node for kind in ("aten::mul", "aten::mul_") for node in program.graph.findAllNodes(kind, recurse=True)]
+    constants = [
+        value.toIValue() for node in products for value in node.inputs() if value.node().kind() == "prim::Constant"
+    ]
+    shapes = [tuple(value.shape) for value in constants if isinstance(value, Tensor)]
+    return len(norms), sum(_is_of_channels(shape) for shape in shapes)
+
+
+def _is_of_channels(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 4 and shape[0] == shape[2] == shape[3] == 1 and shape[1] > 1
 
 
 def outputs(model: nn.Module, example: Any) -> list[np.ndarray]:

@@ -34,8 +34,9 @@ _CALLS = re.compile(
     r"_operator\.(add|sub|mul|floordiv|truediv|mod|neg|pos|abs|pow|eq|ne|lt|le|gt|ge|getitem|and_|or_|not_)"
 )
 # what the size of an axis may be written with; sympy evaluates the text
-_FUNCTIONS = frozenset(
-    ["Symbol", "Integer", "Rational", "Float", "Add", "Mul", "Pow", "Mod", "Max", "Min", "Abs", "Eq", "Ne", "Le", "Lt", "Ge", "Gt", "And", "Or", "Not", "Piecewise", "FloorDiv", "CleanDiv", "CeilDiv", "IntTrueDiv", "PythonMod", "ModularIndexing", "ToFloat", "TruncToInt"]
+_FUNCTIONS = re.compile(
+    "Symbol|Integer|Rational|Float|Add|Mul|Pow|Mod|Max|Min|Abs|Eq|Ne|Le|Lt|Ge|Gt|And|Or|Not|Piecewise|FloorDiv|CleanDiv|"
+    "CeilDiv|IntTrueDiv|PythonMod|ModularIndexing|ToFloat|TruncToInt"
 )
 _WORDS = frozenset(("True", "False", "oo", "int_oo"))
 _SYMBOL = re.compile(r"[suz]\w*\d+")
@@ -124,7 +125,7 @@ def _checked_program(path: Path, data: bytes) -> bytes:
 def _is_arithmetic(node: ast.AST) -> bool:
     """Whether an expression is arithmetic of symbols and numbers, without powers that take for ever."""
     if isinstance(node, ast.Call):
-        known = isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS
+        known = isinstance(node.func, ast.Name) and _FUNCTIONS.fullmatch(node.func.id) is not None
         named = all(isinstance(k.value, ast.Constant) and isinstance(k.value.value, bool) for k in node.keywords)
         small = not known or node.func.id != "Pow" or _is_small(node.args[-1])  # type: ignore[attr-defined]
         return known and named and small and all(map(_is_arithmetic, node.args))
