@@ -24,8 +24,8 @@ FEW = {
     "transformers": ("ResNetBackbone", "DetrForObjectDetection", "MobileNetV2ForImageClassification", "PatchTSTModel"),
 }
 ZOOS = {"torchvision": torchvision_zoo, "transformers": transformers_zoo, "timm": timm_zoo}
-# keeps a table in float32, whatever its weights are
-ONLY_FLOAT32 = ("DabDetrForObjectDetection",)
+# keep a table or lengths in float32, whatever their weights are
+ONLY_FLOAT32 = ("DabDetrForObjectDetection", "FastSpeech2ConformerModel")
 # where a box moves by a rounding, its mask is read from other places: errors of float64 grow by 10⁴
 EXACT_WHERE_ILL = {"maskrcnn_resnet50_fpn": 1e-11, "maskrcnn_resnet50_fpn_v2": 1e-11}
 LINEAR = ("convolution", "_convolution", "addmm", "mm", "linear")
