@@ -41,7 +41,7 @@ class Constants:
     def _compute(self, slot: Slot) -> Tensor:
         if slot.parameter:
             return self.tensors[slot.parameter].detach()
-        if slot.value is not None and not _is_fake(slot.value):
+        if slot.value is not None:
             return slot.value.detach()
         call = slot.source
         if slot.depends or call is None or call.function._schema.is_mutable or len(call.outputs) != 1:
@@ -98,9 +98,3 @@ class Constants:
 
     def _operand(self, operand: Any) -> Tensor:
         return self.tensor(operand).cpu() if isinstance(operand, Slot) else torch.tensor(operand, dtype=torch.float64)
-
-
-def _is_fake(tensor: Tensor) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(tensor, FakeTensor)

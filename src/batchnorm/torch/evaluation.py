@@ -1,5 +1,6 @@
 """Run a user's model without leaving a trace."""
 
+import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,9 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-__all__ = ["Inputs", "call", "evaluating", "kept_generators", "positional_and_named", "untraced"]
+__all__ = ["Inputs", "call", "copied", "evaluating", "kept_generators", "positional_and_named", "untraced"]
 
 
 class Inputs(NamedTuple):
@@ -32,6 +34,17 @@ def positional_and_named(example: Any) -> Inputs:
     if isinstance(example, dict):
         return Inputs((), example)
     return Inputs(example if isinstance(example, tuple) else (example,), {})
+
+
+def copied(example: Any) -> Any:
+    """Return an example that a model may write to."""
+    return tree_map(_copied, example)
+
+
+def _copied(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+    return copy.deepcopy(leaf)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten
 
 from batchnorm.affine import Affine
+from batchnorm.errors import OptionError
 from batchnorm.graph import Border
 
 __all__ = [
@@ -48,7 +49,11 @@ class _ChildrenAreLeaves(fx.Tracer):
 
 
 def structural_copy(model: nn.Module, convert: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> nn.Module:
-    """Copy the modules of a model around its own parameters and buffers, or around what ``convert`` makes of them."""
+    """Copy the modules of a model around its own parameters and buffers, or around what ``convert`` makes of them.
+
+    Raises:
+        OptionError: the model can't be copied.
+    """
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         new = convert(tensor)
@@ -58,7 +63,10 @@ def structural_copy(model: nn.Module, convert: Callable[[Tensor], Tensor] = lamb
     with warnings.catch_warnings():
         # exported programs copy pieces of their own that are deprecated
         warnings.simplefilter("ignore", FutureWarning)
-        return copy.deepcopy(model, memo)
+        try:
+            return copy.deepcopy(model, memo)
+        except Exception as error:
+            raise OptionError(f"the model must be one that copy.deepcopy can copy, but it failed: {error}") from error
 
 
 def own_buffers(tensor: Tensor) -> Tensor:

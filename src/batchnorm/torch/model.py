@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 from batchnorm.errors import OptionError
 from batchnorm.graph import Changes, Graph, Layer
-from batchnorm.torch.evaluation import Inputs, call, untraced
+from batchnorm.torch.evaluation import Inputs, call, copied, untraced
 from batchnorm.torch.graphs import own_buffers, structural_copy
 from batchnorm.torch.picture import draw
 from batchnorm.torch.preparing import Prepared, prepare, replace_module
@@ -48,15 +48,20 @@ class TorchModel:
             raise OptionError(
                 "the model and its example must hold values, some of their tensors are on the meta device"
             )
-        # whatever a program keeps outside of itself, it shall keep of a real run
-        self.outputs(example)
-        self._ready = prepare(self.model, example)
+        self._ready = prepare(self.model, self._cast(example))
+        if self._ready.outputs is not None and not any(module.training for module in self.model.modules()):
+            arrays = [_array(tensor) for tensor in self._ready.outputs]
+            self._last = (example, arrays) if _are_finite(arrays) else None
         return draw(self._ready.model, self._ready.recording)
 
     def changed(self, changes: Changes) -> "TorchModel":
         """Return a copy with all changes made."""
         ready = self._ready
-        return TorchModel(rewrite(structural_copy(ready.model, Tensor.clone), changes, ready.biases))
+        sites = {f"{weights.key.module}.{weights.key.attribute}".lstrip(".") for weights in changes.weights}
+        replaced = {id(tensor) for name, tensor in ready.model.named_parameters() if name in sites}
+        # weights that are about to be replaced need not be copied
+        twin = structural_copy(ready.model, lambda t: t.detach() if id(t) in replaced else t.clone())
+        return TorchModel(rewrite(twin, changes, ready.biases))
 
     def change(self, changes: Changes) -> None:
         """Make all changes in the module itself.
@@ -107,7 +112,7 @@ class TorchModel:
             self._runner = structural_copy(self.model, own_buffers)
         with untraced(self._runner):
             try:
-                arrays = self._arrays(self._runner, self._cast(inputs))
+                arrays = self._arrays(self._runner, copied(self._cast(inputs)))
             except Exception as error:
                 raise OptionError(
                     f"the model must run on the example in {self.precision}, but it failed: {type(error).__name__}: {error}"
@@ -117,7 +122,7 @@ class TorchModel:
 
     def _arrays(self, model: nn.Module, inputs: Any) -> list[np.ndarray]:
         arrays = [_array(tensor) for tensor in tensors_of(call(model, inputs))]
-        if any(np.isfinite(array).any() for array in arrays):
+        if _are_finite(arrays):
             return arrays
         # a detector that finds nothing: what its parts say
         parts: list[np.ndarray] = []
@@ -208,6 +213,11 @@ def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
 def _disturbed(tensor: Tensor, generator: torch.Generator) -> Tensor:
     sign = torch.randint(-1, 2, tensor.shape, generator=generator).to(tensor.device, torch.float64)
     return tensor.detach().double() * (1 + sign * 2.0**-52)
+
+
+def _are_finite(arrays: list[np.ndarray]) -> bool:
+    """Whether anything is there to be compared."""
+    return any(np.isfinite(array).any() for array in arrays)
 
 
 def _is_real(leaf: Any) -> bool:

@@ -29,10 +29,11 @@ for _kind in (Tensor, torch.nn.Parameter):
 
 
 def is_eager(x: Tensor) -> bool:
-    """Say whether the values of ``x`` are at hand in this process: not compiled, traced, transformed, fake or on a device."""
+    """Say whether the values of ``x`` are at hand, and only they matter: not compiled, traced, watched, fake or on a device."""
     return (
         type(x) is Tensor
         and x.is_cpu
+        and torch._C._len_torch_dispatch_stack() == 0
         and not torch.compiler.is_compiling()
         and peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None

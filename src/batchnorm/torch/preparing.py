@@ -36,12 +36,14 @@ class Prepared:
         recording: of its run.
         traced: modules that became graphs, by dotted name.
         biases: dotted names of modules that were given a bias of zeros.
+        outputs: what the original returned, if it was watched with all its hooks.
     """
 
     model: nn.Module
     recording: Recording
     traced: dict[str, fx.GraphModule] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
+    outputs: list[torch.Tensor] | None = None
 
 
 def is_stock(module: nn.Module) -> bool:
@@ -56,10 +58,11 @@ def prepare(model: nn.Module, example: Any) -> Prepared:
     forward of their own and no bias get zeros for one, where their forward then reads it.
     """
     recording = record(model, example)
+    outputs = recording.outputs
     functional = sorted({call.module for call in recording.calls if _is_functional(model, call)}, key=len, reverse=True)
     biasless = sorted({path for call in recording.calls if (path := _without_bias(model, call)) is not None})
     if not functional and not biasless:
-        return Prepared(model, recording)
+        return Prepared(model, recording, outputs=outputs)
     twin = structural_copy(model)
     for path in biasless:
         owner: Any = twin.get_submodule(path)
@@ -77,11 +80,11 @@ def prepare(model: nn.Module, example: Any) -> Prepared:
     try:
         recording = record(twin, example)
     except Exception:
-        return Prepared(model, recording)
+        return Prepared(model, recording, outputs=outputs)
     read = {slot.parameter for call in recording.calls for slot in call.reads}
     useless = [path for path in biasless if f"{path}.bias".strip(".") not in read]
     drop_biases(twin, useless)
-    return Prepared(twin, recording, traced, tuple(set(biasless) - set(useless)))
+    return Prepared(twin, recording, traced, tuple(set(biasless) - set(useless)), outputs)
 
 
 def _share_buffers(graph: fx.GraphModule, module: nn.Module) -> None:

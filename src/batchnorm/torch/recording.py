@@ -1,14 +1,12 @@
 """Watch a torch model run: every operation, what it reads and writes, and the module that was running.
 
-The model runs as it stands, on tensors that have shapes and no values: nothing is computed and no memory is used. Where a
-program asks for values (detectors do, branches too), it runs on real ones, in a copy; what such a program does may depend on
-its input, but for the modules that looked at no value.
+The model runs as it stands, in a copy, so that Python control flow and other people's functions are seen for what they do.
+What a program does that looks at values of its input (detectors do, branches too) may depend on them, but for the modules that
+looked at none.
 """
 
 import contextlib
-import copy
 import gc
-import logging
 import traceback
 import weakref
 from collections.abc import Iterator, Mapping
@@ -17,14 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from batchnorm.errors import OptionError
-from batchnorm.torch.evaluation import call, kept_generators
+from batchnorm.torch.evaluation import call, copied, kept_generators
 from batchnorm.torch.graphs import own_buffers, structural_copy, watched
 
 __all__ = ["Call", "Recording", "Slot", "record", "tensors_of"]
@@ -114,10 +111,17 @@ class Visit:
 
 @dataclass(slots=True)
 class Recording:
-    """All calls of a run, in order, and all visits of modules."""
+    """A run.
+
+    Args:
+        calls: all operations, in order.
+        visits: all calls of modules.
+        outputs: what the model returned; ``None`` where hooks were taken away, which might have changed it.
+    """
 
     calls: list[Call] = field(default_factory=list)
     visits: list[Visit] = field(default_factory=list)
+    outputs: list[Tensor] | None = None
 
     def why_conditional(self, first: int, second: int) -> str:
         """Return why what joins two visits may not happen for other inputs; empty where it always does."""
@@ -140,10 +144,6 @@ class Recording:
         return second
 
 
-class _NeedsValuesError(Exception):
-    """A program asks for the value of a tensor that has none."""
-
-
 class _Doors(TorchFunctionMode):
     """Notice tensors that leave for Python or NumPy."""
 
@@ -158,10 +158,8 @@ class _Doors(TorchFunctionMode):
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self, model: nn.Module, *, has_values: bool) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.has_values = has_values
-        self.aborted = False
         self.recording = Recording()
         self.slots: Any = WeakTensorKeyDictionary()
         self.aliases: dict[int, list[Any]] = {}
@@ -193,7 +191,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         slotted, named = self._slotted(args, reads), {key: self._slotted(v, reads) for key, v in kwargs.items()}
         if func.overloadpacket.__name__ in _READS_A_VALUE or torch.Tag.dynamic_output_shape in func.tags:
             self.look(reads)
-        result = _result(func, args, kwargs)
+        result = func(*args, **kwargs)
         module, visit = self.stack[-1]
         node = self.node if self.node is not None and self.node[0] == module else None
         call = Call(func, slotted, named, reads, [], module, visit, node)
@@ -257,9 +255,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Note that the program looks at values that depend on the input, and may go another way for another input."""
         if not any(slot.depends for slot in reads):
             return
-        if not self.has_values:
-            self.aborted = True
-            raise _NeedsValuesError
         place = next(
             (f"{f.filename}:{f.lineno}" for f in reversed(traceback.extract_stack()) if not _is_inside(f.filename)),
             "an unknown place",
@@ -288,56 +283,28 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.recording.visits[visit].outputs = [self.slot(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def _result(func: Any, args: Any, kwargs: Any) -> Any:
-    if func is torch.ops.aten.native_batch_norm.default and isinstance(args[0], FakeTensor) and not args[5]:
-        # its own way to the shapes is a long one
-        return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
-    return func(*args, **kwargs)
-
-
 def record(model: nn.Module, example: Any) -> Recording:
-    """Watch a model run on an example, without touching it.
+    """Watch a copy of a model run on a copy of an example.
 
     Raises:
         OptionError: the model does not run on the example.
     """
     # hooks belong to the user, and are not called; but for models that work by hooks of their own
+    problem: Exception | None = None
     for keep_hooks in (False, True):
-        with contextlib.suppress(Exception), kept_generators(), torch.no_grad():
-            return _watch_shapes(model, example, keep_hooks=keep_hooks)
-    problems = []
-    for keep_hooks in (False, True):
-        try:
-            twin = copy.deepcopy(model)
-        except Exception as error:
-            raise OptionError(f"the model must be one that copy.deepcopy can copy, but it failed: {error}") from error
+        twin = structural_copy(model, own_buffers)
         with kept_generators(), torch.no_grad():
             try:
-                return _watch(twin, copy.deepcopy(example), has_values=True, keep_hooks=keep_hooks)
+                return _watch(twin, copied(example), keep_hooks=keep_hooks)
             except Exception as error:
-                problems.append(error)
-    problem = problems[-1]
+                problem = error
     raise OptionError(
         f"the model must run on the example, but it failed: {type(problem).__name__}: {problem}"
     ) from problem
 
 
-def _watch_shapes(model: nn.Module, example: Any, *, keep_hooks: bool) -> Recording:
-    """Watch a copy on fake tensors, which have shapes and a device; parameters are real, and nobody looks at their values."""
-    twin = structural_copy(model, own_buffers)
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            inputs = tree_map(lambda leaf: fake.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, example)
-            return _watch(twin, inputs, keep_hooks=keep_hooks)
-    finally:
-        log.setLevel(level)
-
-
-def _watch(model: nn.Module, inputs: Any, *, has_values: bool = False, keep_hooks: bool = False) -> Recording:
-    recorder = _Recorder(model, has_values=has_values)
+def _watch(model: nn.Module, inputs: Any, *, keep_hooks: bool) -> Recording:
+    recorder = _Recorder(model)
     hooked = _hooked(model, strip=not keep_hooks)
     for tensor in tensors_of(inputs):
         recorder.input(tensor)
@@ -345,9 +312,6 @@ def _watch(model: nn.Module, inputs: Any, *, has_values: bool = False, keep_hook
     try:
         with recorder, _Doors(recorder), _noting_switches() as switched:
             result = call(model, inputs)
-        if recorder.aborted:
-            # the program caught what it was told
-            raise _NeedsValuesError
     finally:
         for handle in handles:
             handle.remove()
@@ -360,6 +324,7 @@ def _watch(model: nn.Module, inputs: Any, *, has_values: bool = False, keep_hook
             for slot in (*visit.inputs, *visit.outputs):
                 _pin(slot, f"a hook of {visit.module or 'the model'} sees it")
     _pin_what_is_alive(recorder)
+    recorder.recording.outputs = None if hooked and not keep_hooks else tensors_of(result)
     return recorder.recording
 
 
