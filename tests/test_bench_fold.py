@@ -205,7 +205,7 @@ def test_randomized_norms_have_both_signs_and_zeros():
 
 
 def found(left, *, is_wrong=False):
-    return {"left": left, "wrong": is_wrong, "seconds": 2.0, "error": 0.0}
+    return {"left": left, "plain": 0, "wrong": is_wrong, "seconds": 2.0, "error": 0.0}
 
 
 def test_figures_come_from_the_recorded_values():
@@ -220,10 +220,11 @@ def test_figures_come_from_the_recorded_values():
     ]
     whole = [{"model": "net", "shape": [1, 3, 8, 8], "fold": [1.0, 2.0, 3.0], "trace and freeze": [2.0, 2.0, 2.0]}]
     latency = [{"model": "net", "folded": [0.5] * 20, "unfolded": [1.0] * 20}]
-    said = str(FoldBench({"models": models, "whole": whole, "latency": latency}, Path("f.json")))
+    parts = {"a": {"models": models}, "speed": {"whole": whole, "latency": latency}}
+    said = str(FoldBench(parts, (Path("f.json"),)))
     rows = {line.split("  ")[0]: line.split()[-6:] for line in said.splitlines() if "(" in line and "%" in line}
-    assert rows["batchnorm.fold"][-5:] == ["29", "(97%)", "0", "0", "4"]
-    assert rows["onnxsim"][-5:] == ["15", "(50%)", "1", "1", "2"]
+    assert rows["batchnorm.fold"][-5:] == ["(97%)", "0", "0", "0", "4"]
+    assert rows["onnxsim"][-5:] == ["(50%)", "0", "1", "1", "2"]
     assert (
         "fold with its proof 2.00 s, trace and freeze 2.00 s, median ratio 1.00 (0.50 to 1.50, 3 interleaved pairs)"
         in said
@@ -244,8 +245,10 @@ def test_it_measures_real_tools_and_keeps_every_value(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "QUICK", {"adversarial": ("Conv2d, 1 groups",)})
     monkeypatch.setattr(judging, "FILE_TOOLS", {})
     monkeypatch.setattr(bench, "PACKAGES", {})
-    result = bench.run(tmp_path, quick=True)
-    kept = json.loads((tmp_path / "fold.json").read_text())
+    result = bench.run(tmp_path, "adversarial", "speed", quick=True)
+    kept = {}
+    for part in ("adversarial", "speed"):
+        kept |= json.loads((tmp_path / f"fold_{part}.json").read_text())
     (model,) = kept["models"]
     assert set(model["tools"]) == set(MODULE_TOOLS)
     assert [model["tools"][tool]["left"] for tool in MODULE_TOOLS] == [0] * len(MODULE_TOOLS)
@@ -253,3 +256,5 @@ def test_it_measures_real_tools_and_keeps_every_value(tmp_path, monkeypatch):
     assert len(kept["latency"][0]["folded"]) == 5
     assert kept["machine"]["cores"] >= 1
     assert "adversarial: 1 models" in str(result)
+    with pytest.raises(OptionError, match=r"parts must be of .*speed, got nothing"):
+        bench.run(tmp_path, "nothing", quick=True)

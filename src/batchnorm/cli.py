@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import batchnorm
-from batchnorm.errors import BatchNormError
+from batchnorm.errors import BatchNormError, OptionError
 from batchnorm.rooms import require
 
 __all__ = ["main"]
@@ -168,6 +168,7 @@ def _rewrite(given: argparse.Namespace) -> None:
 def _add_bench(verbs: Any) -> None:
     verb = _verb(verbs, "bench", _bench, "measure the figures of README and docs on this machine")
     verb.add_argument("what", choices=list(_BENCHES), help="; ".join(f"{k}: {v}" for k, v in _BENCHES.items()))
+    verb.add_argument("part", nargs="*", help="of fold: torchvision, transformers, timm, adversarial, speed (all)")
     verb.add_argument(
         "--out", type=Path, default=Path("benchmarks"), metavar="DIR", help="raw values as JSON (benchmarks)"
     )
@@ -176,7 +177,9 @@ def _add_bench(verbs: Any) -> None:
 
 def _bench(given: argparse.Namespace) -> None:
     bench = require(f"batchnorm.bench.{given.what}", "lab")
-    _say(bench.run(given.out, quick=given.quick))
+    if given.part and given.what != "fold":
+        raise OptionError(f"bench {given.what} has no parts, got {' '.join(given.part)}")
+    _say(bench.run(given.out, *given.part, quick=given.quick))
 
 
 def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], None], what: str) -> argparse.ArgumentParser:

@@ -23,7 +23,7 @@ from batchnorm.bench.machine import describe, keep
 from batchnorm.bench.peers import FILE_TOOLS, MODULE_TOOLS, PACKAGES
 from batchnorm.bench.zoo import Member, timm_zoo, torchvision_zoo
 from batchnorm.bench.zoo_transformers import transformers_zoo
-from batchnorm.errors import MissingDependencyError, VerificationError
+from batchnorm.errors import MissingDependencyError, OptionError, VerificationError
 from batchnorm.lab.train import one_thread
 from batchnorm.tables import table
 
@@ -48,47 +48,74 @@ MOST_PARAMETERS = 500e6
 WHOLE = ("resnet152", "efficientnet_b6")
 LATENCY = ("mobilenet_v2", "resnet50", "densenet121")
 ROUNDS, PAIRS = 5, 100
-HEAD = ("Tool", "Models", "Norms", "Removed", "Wrong", "Crashed", "Seconds")
+PARTS = (*ZOOS, "speed")
+HEAD = ("Tool", "Models", "Norms", "Removed", "Scale and shift", "Wrong", "Crashed", "Seconds")
 
 
 @dataclass(frozen=True)
 class FoldBench:
     """Raw values of the measurement; prints as the tables made of them."""
 
-    facts: dict[str, Any]
-    file: Path
+    parts: dict[str, dict[str, Any]]
+    files: tuple[Path, ...]
 
     def __str__(self) -> str:
         lines = []
-        for zoo in dict.fromkeys(row["zoo"] for row in self.facts["models"]):
-            rows = [row for row in self.facts["models"] if row["zoo"] == zoo]
-            lines += [f"{zoo}: {len(rows)} models", table(HEAD, _rows(rows), numbers=len(HEAD) - 1), ""]
-        lines += [
-            "Removed: absorbed, or not in the graph any more. Wrong: models whose outputs differ by more",
-            "than rounding explains. Crashed: a process that ended, an error, a refusal. Seconds: where the tool returned.",
-        ]
-        lines += [_whole(row) for row in self.facts["whole"]]
-        lines += [_latency(row) for row in self.facts["latency"]]
-        return "\n".join([*lines, f"raw values: {self.file}"])
+        zoos = {name: part["models"] for name, part in self.parts.items() if "models" in part}
+        for name, models in zoos.items():
+            lines += [f"{name}: {len(models)} models", table(HEAD, _rows(models), numbers=len(HEAD) - 1), ""]
+        if zoos:
+            lines += [
+                "Removed: absorbed, or not in the graph any more. Scale and shift: two vectors for each channel are left.",
+                "Wrong: models whose outputs differ by more than rounding explains. Crashed: a process that ended, an error, a",
+                "refusal. Seconds: where the tool returned.",
+            ]
+        speed = self.parts.get("speed", {})
+        lines += [_whole(row) for row in speed.get("whole", ())]
+        lines += [_latency(row) for row in speed.get("latency", ())]
+        return "\n".join([*lines, f"raw values: {', '.join(map(str, self.files))}"])
 
 
-def run(out: Path, *, quick: bool = False) -> FoldBench:
+def run(out: Path, *parts: str, quick: bool = False) -> FoldBench:
     """Let every tool fold every model, measure times, and keep every raw value as JSON in ``out``.
+
+    Args:
+        out: folder of the files, one for each part.
+        parts: of `PARTS`; all of them by default.
+        quick: few and small models.
 
     Raises:
         MissingDependencyError: a peer, or a library of models, is not installed.
+        OptionError: there is no such part.
     """
+    unknown = sorted(set(parts) - set(PARTS))
+    if unknown:
+        raise OptionError(f"parts must be of {', '.join(PARTS)}, got {', '.join(unknown)}")
     _require(() if quick else ("torchvision", "transformers", "timm", "onnx", *_imported()))
-    facts: dict[str, Any] = {"machine": describe(), "date": datetime.datetime.now(datetime.UTC).isoformat()}
+    measured, files = {}, []
+    for part in parts or PARTS:
+        facts: dict[str, Any] = {"machine": describe(), "date": datetime.datetime.now(datetime.UTC).isoformat()}
+        facts |= _speed(quick) if part == "speed" else _models(part, quick)
+        measured[part] = facts
+        files.append(keep(facts, out, f"fold_{part}.json"))
+    return FoldBench(measured, tuple(files))
+
+
+def _models(zoo: str, quick: bool) -> dict[str, Any]:
+    members = [member for member in ZOOS[zoo]() if _is_quick(member)] if quick else ZOOS[zoo]()
     # a process that is forked from one with several threads may wait for ever
     with one_thread():
         _warm_up()
-        facts["models"] = list(_judged([m for zoo in ZOOS.values() for m in zoo() if not quick or _is_quick(m)]))
-    facts["threads"] = torch.get_num_threads()
+        return {"models": list(_judged(members))}
+
+
+def _speed(quick: bool) -> dict[str, Any]:
     rounds, pairs = (2, 5) if quick else (ROUNDS, PAIRS)
-    facts["whole"] = [_time_whole(*member, rounds) for member in _speed_models(WHOLE, quick)]
-    facts["latency"] = [_time_latency(*member, pairs) for member in _speed_models(LATENCY, quick)]
-    return FoldBench(facts, keep(facts, out, "fold.json"))
+    return {
+        "threads": torch.get_num_threads(),
+        "whole": [_time_whole(*member, rounds) for member in _speed_models(WHOLE, quick)],
+        "latency": [_time_latency(*member, pairs) for member in _speed_models(LATENCY, quick)],
+    }
 
 
 def _require(packages: tuple[str, ...]) -> None:
@@ -214,11 +241,14 @@ def _rows(models: list[dict[str, Any]]) -> list[tuple[str, ...]]:
         norms = sum(n for n, _ in tried)
         returned = [(n, found) for n, found in tried if "crashed" not in found]
         removed = sum(max(0, n - found["left"]) for n, found in returned)
+        plain = sum(found["plain"] for _, found in returned)
         wrong = sum(found["wrong"] for _, found in returned)
         seconds = sum(found["seconds"] for _, found in returned)
         share = f"{removed:,} ({removed / norms:.0%})" if norms else "0"
         crashed = len(tried) - len(returned)
-        rows.append((tool, str(len(tried)), f"{norms:,}", share, str(wrong), str(crashed), f"{seconds:.0f}"))
+        rows.append(
+            (tool, str(len(tried)), f"{norms:,}", share, f"{plain:,}", str(wrong), str(crashed), f"{seconds:.0f}")
+        )
     return rows
 
 
