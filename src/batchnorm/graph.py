@@ -6,7 +6,7 @@ nothing passes. Layers with numbers of their own (`Weights`, `Norm`) are objects
 be called several times.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -366,7 +366,7 @@ class Changes:
         channels: the channels that batch normalization layers keep, as indices.
     """
 
-    weights: dict[Weights, tuple[Array, Array | None]] = field(default_factory=dict)
+    weights: Mapping[Weights, tuple[Array, Array | None]] = field(default_factory=dict)
     norms: dict[Norm, Affine | Border | None] = field(default_factory=dict)
     unpadded: set[Weights] = field(default_factory=set)
     biasless: set[Weights] = field(default_factory=set)

@@ -31,7 +31,7 @@ def absorbed(
     Reference:
         Jacob et al., 2018 (arXiv:1712.05877), section 3.2, for ``after``.
     """
-    # a NaN stays one, and is noticed by its channel
+    # a NaN stays one, and is noticed by its channel; the copy is our own, and large: it is multiplied where it lies
     with np.errstate(invalid="ignore"):
         w = widen(weight)
     xp = namespace(w)
@@ -43,9 +43,9 @@ def absorbed(
     if before is not None:
         if before.shift.any():
             b = b + _sum_to_outputs(w, layout, _on_inputs(before.shift, w, layout))
-        w = w * _on_inputs(before.scale, w, layout)
+        w *= _on_inputs(before.scale, w, layout)
     if after is not None:
-        w = w * _on_outputs(after.scale, w, layout)
+        w *= _on_outputs(after.scale, w, layout)
         b = b * _like(after.scale, w) + _like(after.shift, w)
     return xp.reshape(w, shape), b
 

@@ -1,11 +1,13 @@
 """See the network, plan, rewrite, prove."""
 
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from math import inf
 from typing import Any
 
 import numpy as np
 
-from batchnorm.arrays import namespace
+from batchnorm.arrays import Array, namespace
 from batchnorm.errors import BatchNormError
 from batchnorm.fold.absorption import absorbed, loss
 from batchnorm.fold.plan import GONE, PLAIN, Fate, Plan, plan_folding
@@ -60,15 +62,17 @@ def fold(model: Any, example: Any | None = None, *, inplace: bool = False) -> Fo
     graph = before.graph(example)
     inputs = before.inputs(example, None)
     closed: dict[Weights | Norm, str] = {}
-    plan, exact, changes = _decide(graph, closed)
+    plan, changes = _decide(graph, closed)
     after = before.changed(changes)
     reason = _why_not_running(after, inputs)
     if reason:
         # a program that does more with its layers than call them
         closed |= dict.fromkeys(_culprits(before, graph, list(plan.norms), inputs), f"the model needs it: {reason}")
-        plan, exact, changes = _decide(graph, closed)
+        plan, changes = _decide(graph, closed)
         after = before.changed(changes)
-    error = prove(before, after, lambda wide: wide.change(exact), example, _cancellation(plan))
+    error = prove(
+        before, after, lambda wide: wide.change(replace(changes, weights=_Exact(plan))), example, _cancellation(plan)
+    )
     if inplace:
         before.change(changes)
         after = before
@@ -102,7 +106,7 @@ def _culprits(before: Model, graph: Graph, norms: list[Norm], inputs: Any, held:
     if len(norms) <= 1:
         return norms
     for half in (norms[: len(norms) // 2], norms[len(norms) // 2 :]):
-        changes = _decide(graph, dict.fromkeys((*held, *half), "held"))[2]
+        changes = _decide(graph, dict.fromkeys((*held, *half), "held"))[1]
         if not _why_not_running(before.changed(changes), inputs):
             return _culprits(before, graph, half, inputs, held)
     first, second = norms[: len(norms) // 2], norms[len(norms) // 2 :]
@@ -110,21 +114,41 @@ def _culprits(before: Model, graph: Graph, norms: list[Norm], inputs: Any, held:
     return found + _culprits(before, graph, second, inputs, (*held, *found))
 
 
-def _decide(graph: Graph, closed: dict[Weights | Norm, str]) -> tuple[Plan, Changes, Changes]:
-    """Plan, with the changes in float64 and in the weights' dtype; without what that dtype can't hold."""
+def _decide(graph: Graph, closed: dict[Weights | Norm, str]) -> tuple[Plan, Changes]:
+    """Plan, and return the changes in the weights' dtype; without what that dtype can't hold."""
     closed = dict(closed)
     while True:
         plan = plan_folding(graph, closed)
-        norms = {norm: _replacement(fate) for norm, fate in plan.norms.items() if fate.state in (GONE, PLAIN)}
-        exact, changes = Changes(norms=norms, unpadded=plan.unpadded), Changes(norms=norms, unpadded=plan.unpadded)
-        refused: dict[Weights | Norm, str] = {}
-        for weights in plan.absorbers():
-            reason = _rewrite(weights, plan, exact, changes)
-            if reason:
-                refused[weights] = reason
+        rewritten = {weights: _rewritten(weights, plan) for weights in plan.absorbers()}
+        refused: dict[Weights | Norm, str] = {
+            weights: reason for weights, reason in rewritten.items() if isinstance(reason, str)
+        }
         if not refused:
-            return plan, exact, changes
-        closed |= refused
+            norms = {norm: _replacement(fate) for norm, fate in plan.norms.items() if fate.state in (GONE, PLAIN)}
+            arrays = {weights: new for weights, new in rewritten.items() if not isinstance(new, str)}
+            return plan, Changes(weights=arrays, norms=norms, unpadded=plan.unpadded)
+        closed.update(refused)
+
+
+class _Exact(Mapping[Weights, tuple[Array, Array | None]]):
+    """The new weights in float64, one layer at a time: a whole network of them would fill the memory."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.absorbers = dict.fromkeys(plan.absorbers())
+
+    def __getitem__(self, weights: Weights) -> tuple[Array, Array | None]:
+        weight, bias = weights.read()
+        before, after = self.plan.before.get(weights), self.plan.after.get(weights)
+        wide, wide_bias = absorbed(weight, bias, weights.layout, before, after)
+        shifted = bias is not None or any(a is not None and a.shift.any() for a in (before, after))
+        return wide, wide_bias if shifted else None
+
+    def __iter__(self) -> Iterator[Weights]:
+        return iter(self.absorbers)
+
+    def __len__(self) -> int:
+        return len(self.absorbers)
 
 
 def _replacement(fate: Fate) -> Any:
@@ -133,21 +157,16 @@ def _replacement(fate: Fate) -> Any:
     return fate.border
 
 
-def _rewrite(weights: Weights, plan: Plan, exact: Changes, changes: Changes) -> str:
-    """Write down the new weights of a layer; return why its dtype can't hold them, if so."""
+def _rewritten(weights: Weights, plan: Plan) -> tuple[Array, Array | None] | str:
+    """Return the new weights of a layer, or why its dtype can't hold them."""
+    wide, wide_bias = _Exact(plan)[weights]
     weight, bias = weights.read()
-    before, after = plan.before.get(weights), plan.after.get(weights)
-    wide, wide_bias = absorbed(weight, bias, weights.layout, before, after)
-    shifted = bias is not None or any(a is not None and a.shift.any() for a in (before, after))
     xp = namespace(wide)
     bias_dtype = (weight if bias is None else bias).dtype
-    lost = max(
-        loss(wide, weight.dtype, weights.layout), 0 if xp.all(xp.abs(wide_bias) <= xp.finfo(bias_dtype).max) else inf
-    )
+    lost = loss(wide, weight.dtype, weights.layout)
+    if wide_bias is not None and not xp.all(xp.abs(wide_bias) <= xp.finfo(bias_dtype).max):
+        lost = inf
     if lost > 4 * xp.finfo(weight.dtype).eps:
         what = "would not be finite" if lost == inf else f"would lose {lost:.1%} of a channel"
         return f"folded, they {what} in {weight.dtype}"
-    narrow, narrow_bias = xp.astype(wide, weight.dtype), xp.astype(wide_bias, bias_dtype)
-    exact.weights[weights] = wide, wide_bias if shifted else None
-    changes.weights[weights] = narrow, narrow_bias if shifted else None
-    return ""
+    return xp.astype(wide, weight.dtype), None if wide_bias is None else xp.astype(wide_bias, bias_dtype)

@@ -173,14 +173,14 @@ class _Pruner:
 
     def changes(self, *, exact: bool) -> Changes:
         """Return what the wing shall cut, with weights in float64 or in their own dtype."""
-        changes = Changes()
+        weights = dict.fromkeys((*self.channels.outputs, *self.channels.inputs))
+        changes = Changes(weights={each: self._cut(each, exact=exact) for each in weights})
         for norm, removed in self.channels.norms.items():
             assert norm.mean is not None  # noqa: S101
             changes.channels[norm] = np.setdiff1d(np.arange(len(norm.mean)), sorted(removed))
-        for weights in {**self.channels.outputs, **self.channels.inputs}:
-            changes.weights[weights] = self._cut(weights, exact=exact)
-            if weights in self.channels.depthwise:
-                changes.groups[weights] = weights.layout.groups - len(self.channels.groups_gone(weights))
+        for each in weights:
+            if each in self.channels.depthwise:
+                changes.groups[each] = each.layout.groups - len(self.channels.groups_gone(each))
         return changes
 
     def _cut(self, weights: Weights, *, exact: bool) -> tuple[Any, Any]:

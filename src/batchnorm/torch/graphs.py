@@ -7,6 +7,7 @@ call is taken out of the graph; what is left is a ``GraphModule`` with the same 
 import contextlib
 import copy
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -60,6 +61,11 @@ def structural_copy(model: nn.Module, convert: Callable[[Tensor], Tensor] = lamb
         if isinstance(tensor, nn.Parameter) and new is not tensor:
             new = nn.Parameter(new.detach(), tensor.requires_grad)
         memo[id(tensor)] = new
+    for module in model.modules():
+        # each module has a dozen dicts of hooks, and to copy those takes most of the time
+        memo |= {
+            id(value): OrderedDict() for value in vars(module).values() if type(value) is OrderedDict and not value
+        }
     with warnings.catch_warnings():
         # exported programs copy pieces of their own that are deprecated
         warnings.simplefilter("ignore", FutureWarning)

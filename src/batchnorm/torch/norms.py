@@ -215,7 +215,7 @@ def _listed(model: nn.Module) -> set[nn.Module]:
     found: set[nn.Module] = set()
     for module in model.modules():
         for key, value in vars(module).items():
-            if key != "_modules" and isinstance(value, list | tuple | dict | set):
+            if key != "_modules" and isinstance(value, list | tuple | dict | set) and value:
                 found |= {leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, nn.Module)}
     return found
 

@@ -12,7 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from batchnorm.torch.graphs import own_buffers, structural_copy, trace
 from batchnorm.torch.recording import Call, Recording, record
 
-__all__ = ["BATCH_NORMS", "Prepared", "drop_biases", "is_stock", "prepare", "replace_module"]
+__all__ = ["BATCH_NORMS", "Prepared", "drop_biases", "is_stock", "prepare", "replace_module", "replace_modules"]
 
 BATCH_NORMS = (
     "native_batch_norm",
@@ -128,11 +128,13 @@ def _outputs_of(module: Any) -> torch.Tensor:
 
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> nn.Module:
     """Put a module in the place of another one, wherever it stands."""
-    old = model.get_submodule(path)
-    if old is model:
-        return new
-    for parent in model.modules():
+    return replace_modules(model, {model.get_submodule(path): new})
+
+
+def replace_modules(model: nn.Module, new: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Put modules in the places of others, wherever these stand, and return the model."""
+    for parent in list(model.modules()):
         for key, child in parent._modules.items():
-            if child is old:
-                parent._modules[key] = new
-    return model
+            if child in new:
+                parent._modules[key] = new[child]
+    return new.get(model, model)

@@ -11,7 +11,7 @@ from batchnorm.graph import Border, Changes, Norm
 from batchnorm.torch.graphs import add_bias, replace_norm
 from batchnorm.torch.keys import Site
 from batchnorm.torch.layers import BatchNorm
-from batchnorm.torch.preparing import drop_biases, replace_module
+from batchnorm.torch.preparing import drop_biases, replace_modules
 from batchnorm.torch.replacements import ChannelPad, Remainder, ScaleShift, tensor_like
 
 __all__ = ["rewrite"]
@@ -45,14 +45,15 @@ def rewrite(model: nn.Module, changes: Changes, biases: tuple[str, ...] = ()) ->
         _store_vector(model, norm, "weight", gamma)
     for norm, channels in changes.channels.items():
         _keep_channels(model.get_submodule(norm.key.module), channels)
+    stand_ins = {}
     for norm, replacement in changes.norms.items():
         if norm.key.nodes:
             (node,) = norm.key.nodes
-            stand_in = _inner(replacement, _any_vector(model))
-            replace_norm(model, node, replacement, stand_in)
+            replace_norm(model, node, replacement, _inner(replacement, _any_vector(model)))
         else:
-            model = _replace(model, norm.key, replacement)
-    return model
+            old = model.get_submodule(norm.key.module)
+            stand_ins[old] = _stand_in(old, norm.key, replacement)
+    return replace_modules(model, stand_ins)
 
 
 def _store(model: nn.Module, site: Any, weight: Tensor, bias: Tensor | None) -> None:
@@ -106,8 +107,8 @@ def _store_bias(owner: nn.Module, name: str, bias: Tensor, weight: nn.Parameter)
         old.data = bias.to(old.device)
 
 
-def _replace(model: nn.Module, site: Site, replacement: Affine | Border | None) -> nn.Module:
-    old: Any = model.get_submodule(site.module)
+def _stand_in(old: Any, site: Site, replacement: Affine | Border | None) -> nn.Module:
+    """Return what stands in the place of a normalization layer."""
     new = _inner(replacement, old.weight if getattr(old, "weight", None) is not None else old.running_mean)
     if isinstance(old, BatchNorm) and (old.options.activation is not None or site.arguments > 1):
         new = Remainder(new, old.options.activation)
@@ -115,7 +116,7 @@ def _replace(model: nn.Module, site: Site, replacement: Affine | Border | None) 
         # programs ask their layers for such things
         if hasattr(old, name) and not hasattr(new, name):
             setattr(new, name, getattr(old, name))
-    return replace_module(model, site.module, new.train(old.training))
+    return new.train(old.training)
 
 
 def _any_vector(model: nn.Module) -> Tensor:
