@@ -417,10 +417,6 @@ class Model(Protocol):
         """Return the inputs of ``example``, or random ones of the same shapes."""
         ...
 
-    def disturbed(self, inputs: Any, seed: int) -> Any:
-        """Return inputs in float64 that differ from ``inputs`` in the last place, at random."""
-        ...
-
     def outputs(self, inputs: Any) -> list[np.ndarray]:
         """Run in evaluation and return all output arrays in a fixed order."""
         ...

@@ -93,7 +93,7 @@ def strip_bias(model: Any, example: Any | None = None, *, inplace: bool = False)
     stripper = _Stripper(graph)
     stripper.strip()
     after = before.changed(stripper.changes)
-    error = prove(before, after, lambda wide: wide.change(stripper.changes), example)
+    error = prove(before, after, lambda wide: wide.change(stripper.changes), example, graph.weights())
     if inplace:
         before.change(stripper.changes)
         after = before

@@ -70,9 +70,8 @@ def fold(model: Any, example: Any | None = None, *, inplace: bool = False) -> Fo
         closed |= dict.fromkeys(_culprits(before, graph, list(plan.norms), inputs), f"the model needs it: {reason}")
         plan, changes = _decide(graph, closed)
         after = before.changed(changes)
-    error = prove(
-        before, after, lambda wide: wide.change(replace(changes, weights=_Exact(plan))), example, _cancellation(plan)
-    )
+    exact = replace(changes, weights=_Exact(plan))
+    error = prove(before, after, lambda wide: wide.change(exact), example, graph.weights(), _cancellation(plan))
     if inplace:
         before.change(changes)
         after = before

@@ -1,13 +1,14 @@
 """The proof of a rewrite: the model before and after it, on the same inputs, in float64 and in the model's own dtype."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from batchnorm.arrays import Array, namespace, widen
 from batchnorm.errors import BatchNormError, VerificationError
-from batchnorm.graph import Model
+from batchnorm.graph import Changes, Model, Weights
 
 __all__ = ["Error", "Measured", "prove"]
 
@@ -16,9 +17,9 @@ EXACT = 1e-12
 FACTOR = 8
 """A rewritten model may stand this many times as far from the model as the model does from float64."""
 CONDITION = 32
-"""The same in float64, predicted from its error in its dtype or from what changed inputs do: rounding varies."""
+"""The same in float64, predicted from its error in its dtype or from what changed weights do: rounding varies."""
 DISTURBANCES = 8
-"""How often a model that differs is run on inputs that were changed in the last place, to see whether it jumps by itself."""
+"""How often a model that differs is run with weights that were changed in the last place, to see whether it jumps by itself."""
 UNJUDGED = 4096
 """Roundings that are allowed to a model that can't be run in float64, so that its own error is not known."""
 ROUNDINGS = 16
@@ -80,7 +81,12 @@ class Error:
 
 
 def prove(
-    before: Model, after: Model, widen_after: Callable[[Model], None], example: Any, cancellation: float = 0.0
+    before: Model,
+    after: Model,
+    widen_after: Callable[[Model], None],
+    example: Any,
+    weights: Collection[Weights],
+    cancellation: float = 0.0,
 ) -> Error:
     """Hold a rewritten model against the model itself, and raise where they differ by more than rounding explains.
 
@@ -93,6 +99,7 @@ def prove(
         after: the rewritten model.
         widen_after: makes the same rewrite in a float64 copy of the model.
         example: what the model runs on.
+        weights: those of the model, to see what it makes of a change in their last place.
         cancellation: how many times larger than their result the terms of a difference are that the rewrite takes: for
             ``scale · x + shift`` that is ``|mean| · scale``.
 
@@ -120,7 +127,8 @@ def prove(
     notes += [note] if note else []
     measured = [_wide(kind, *pair, own[kind], before.precision, cancellation) for kind, pair in wide.items()]
     measured = [
-        m if m.relative <= m.bound else _disturbed(before, m, kinds[m.inputs], wide[m.inputs][0]) for m in measured
+        m if m.relative <= m.bound else _disturbed(before, m, kinds[m.inputs], wide[m.inputs][0], weights)
+        for m in measured
     ]
     if before.precision != "float64" or not wide:
         measured += [
@@ -167,12 +175,38 @@ def _wide(
     return Measured(kind, "float64", absolute, relative, bound)
 
 
-def _disturbed(model: Model, m: Measured, inputs: Any, expected: list[np.ndarray]) -> Measured:
-    """Widen the bound to what a change in the last place of the inputs does to the model itself, which may sort or cut."""
-    wide = model.cast("float64")
-    assert wide is not None  # noqa: S101
-    jumps = [_difference(expected, wide.outputs(wide.disturbed(inputs, seed)))[1] for seed in range(DISTURBANCES)]
+def _disturbed(
+    model: Model, m: Measured, inputs: Any, expected: list[np.ndarray], weights: Collection[Weights]
+) -> Measured:
+    """Widen the bound to what a change in the last place of its weights does to the model itself, which may sort or cut."""
+    jumps = [0.0]
+    for seed in range(DISTURBANCES):
+        twin = model.cast("float64")
+        assert twin is not None  # noqa: S101
+        twin.change(Changes(weights=_Nudged(weights, seed)))
+        jumps.append(_difference(expected, twin.outputs(inputs))[1])
     return replace(m, bound=max(m.bound, CONDITION * max(jumps)))
+
+
+class _Nudged(Mapping[Weights, tuple[Array, Array | None]]):
+    """Weights in float64, each with a random change in the last place; one layer at a time."""
+
+    def __init__(self, weights: Collection[Weights], seed: int) -> None:
+        self.weights = [each for each in weights if not each.locked]
+        self.seed = seed
+
+    def __getitem__(self, weights: Weights) -> tuple[Array, Array | None]:
+        weight, bias = weights.read()
+        wide = widen(weight)
+        xp, rng = namespace(wide), np.random.default_rng([self.seed, self.weights.index(weights)])
+        signs = xp.asarray(rng.integers(-1, 2, tuple(wide.shape)), dtype=wide.dtype, device=wide.device)
+        return wide * (1 + signs * _eps("float64")), None if bias is None else widen(bias)
+
+    def __iter__(self) -> Iterator[Weights]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
 
 
 def _own(

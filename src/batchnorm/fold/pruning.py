@@ -99,7 +99,7 @@ def prune(model: Any, example: Any | None = None, *, threshold: float = 0.0, inp
     expected = before.outputs(inputs)
     pruner, after = _cut_out(before, graph, threshold, inputs)
     zeroed = before.changed(Changes(gammas=pruner.gammas()))
-    error = prove(zeroed, after, lambda wide: wide.change(pruner.changes(exact=True)), example)
+    error = prove(zeroed, after, lambda wide: wide.change(pruner.changes(exact=True)), example, graph.weights())
     approximation = _distance(expected, zeroed.outputs(inputs))
     if inplace:
         before.change(pruner.changes(exact=False))

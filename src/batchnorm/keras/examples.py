@@ -8,7 +8,7 @@ import numpy as np
 from batchnorm.errors import OptionError
 from batchnorm.keras.internals import as_array
 
-__all__ = ["disturbed", "given", "packed", "random_like", "ready_made"]
+__all__ = ["given", "packed", "random_like", "ready_made"]
 
 BATCH, PLACES = 2, 32
 """Sizes of an example that is made up where the model leaves them open."""
@@ -91,17 +91,6 @@ def _random(rng: np.random.Generator, shape: tuple[int, ...], like: np.ndarray) 
         pool = np.unique(like) if like.any() else np.arange(2).astype(like.dtype)
         return rng.choice(pool, shape).astype(like.dtype)
     return rng.standard_normal(shape).astype(like.dtype)
-
-
-def disturbed(arrays: list[np.ndarray], seed: int) -> list[np.ndarray]:
-    """Return arrays in float64, each value with a random change in the last place; integers as they are."""
-    rng = np.random.default_rng(seed)
-    return [array if array.dtype.kind in "iub" else _nudged(array.astype(np.float64), rng) for array in arrays]
-
-
-def _nudged(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    nudged: np.ndarray = np.nextafter(array, rng.choice([-np.inf, np.inf], array.shape))
-    return nudged
 
 
 def packed(functional: Any, arrays: list[np.ndarray]) -> Any:

@@ -113,10 +113,6 @@ class KerasModel:
         arrays = examples.given(functional, example)
         return arrays if seed is None else examples.random_like(arrays, seed)
 
-    def disturbed(self, inputs: list[np.ndarray], seed: int) -> list[np.ndarray]:
-        """Return inputs in float64 that differ from ``inputs`` in the last place, at random."""
-        return examples.disturbed(inputs, seed)
-
     def outputs(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
         """Run in evaluation and return all output arrays, flattened as Keras does it.
 

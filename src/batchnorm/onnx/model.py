@@ -143,11 +143,6 @@ class OnnxModel:
         rng = np.random.default_rng(seed)
         return {name: _like(rng, array) for name, array in given.items()}
 
-    def disturbed(self, inputs: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-        """Return inputs in float64, each value with a random change in the last place; whole numbers as they are."""
-        rng = np.random.default_rng(seed)
-        return {name: _nudged(rng, array) if array.dtype.kind == "f" else array for name, array in inputs.items()}
-
     def outputs(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
         """Run and return all outputs.
 
@@ -205,11 +200,6 @@ def _like(rng: np.random.Generator, array: np.ndarray) -> np.ndarray:
         return rng.standard_normal(array.shape).astype(array.dtype)
     # indices stay in the range of their table; what may be a shape or a number of rounds stays as it is
     return rng.permutation(array.ravel()).reshape(array.shape) if array.ndim > 1 else array
-
-
-def _nudged(rng: np.random.Generator, array: np.ndarray) -> np.ndarray:
-    nudged: np.ndarray = np.nextafter(array.astype(np.float64), rng.choice([-np.inf, np.inf], array.shape))
-    return nudged
 
 
 def _layer(shapes: Shapes, scope: Scope, node: Any, counted: set[int]) -> Layer:

@@ -63,10 +63,6 @@ class ExportedModel:
             example = Inputs(*self._example())
         return self._view.inputs(example, seed)
 
-    def disturbed(self, inputs: Any, seed: int) -> Any:
-        """Return inputs in float64, each value with a random change in the last place."""
-        return self._view.disturbed(inputs, seed)
-
     def outputs(self, inputs: Any) -> list[np.ndarray]:
         """Run the program and return all tensors of the output."""
         return self._view.outputs(inputs)

@@ -98,11 +98,6 @@ class TorchModel:
         generator = torch.Generator().manual_seed(seed)
         return tree_map(lambda leaf: _random_like(leaf, generator) if isinstance(leaf, Tensor) else leaf, example)
 
-    def disturbed(self, inputs: Any, seed: int) -> Any:
-        """Return inputs in float64, each value with a random change in the last place."""
-        generator = torch.Generator().manual_seed(seed)
-        return tree_map(lambda leaf: _disturbed(leaf, generator) if _is_real(leaf) else leaf, inputs)
-
     def outputs(self, inputs: Any) -> list[np.ndarray]:
         """Run in evaluation and return all tensors of the output; floating inputs are cast to the module's dtype."""
         if self._last is not None and self._last[0] is inputs:
@@ -208,11 +203,6 @@ def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     else:
         noise = low + (high - low) * torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
     return noise.to(dtype=tensor.dtype, device=tensor.device)
-
-
-def _disturbed(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    sign = torch.randint(-1, 2, tensor.shape, generator=generator).to(tensor.device, torch.float64)
-    return tensor.detach().double() * (1 + sign * 2.0**-52)
 
 
 def _are_finite(arrays: list[np.ndarray]) -> bool:
