@@ -639,3 +639,101 @@ def test_the_proof_is_against_something():
     new = fold(model).model
     new.graph.initializer[0].raw_data = (np.frombuffer(new.graph.initializer[0].raw_data) * (1 + 1e-9)).tobytes()
     assert np.abs(run(new, feeds_of(model))[0] - run(model, feeds_of(model))[0]).max() > 1e-12
+
+
+# -- frozen norms: a Mul and an Add -------------------------------------------------------------------------------
+
+
+def frozen(b, x, channels, *, ndim=4, first="x", computed=True):
+    """Add what detectors do in the place of a norm; its numbers computed from statistics, or ready made."""
+    lay = (channels,) + (1,) * (ndim - 2)
+    vectors = [b.rng.uniform(0.5, 2, lay), b.rng.standard_normal(lay), b.rng.standard_normal(lay)]
+    variance, gamma, mean = (b.const(v) for v in vectors)
+    beta = b.random(*lay)
+    if computed:
+        root = b.node("Sqrt", b.node("Add", variance, b.const(np.array(1e-5))))
+        scale = b.node("Mul", gamma, b.node("Reciprocal", root))
+        beta = b.node("Sub", beta, b.node("Div", b.node("Mul", mean, gamma), root))
+    else:
+        scale = gamma
+    y = b.node("Mul", *((x, scale) if first == "x" else (scale, x)), name="frozen")
+    return y, b.node("Add", *((y, beta) if first == "x" else (beta, y)))
+
+
+@pytest.mark.parametrize("computed", [True, False])
+@pytest.mark.parametrize("first", ["x", "constant"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_frozen_norm_goes_into_the_layer_before_or_behind_it(dtype, first, computed):
+    for after in (True, False):
+        b = Build(dtype)
+        x = b.input([2, 4, 6, 6])
+        if after:
+            y = frozen(b, b.node("Conv", x, b.random(4, 4, 3, 3)), 4, first=first, computed=computed)[1]
+        else:
+            y = b.node("Conv", frozen(b, x, 4, first=first, computed=computed)[1], b.random(4, 4, 3, 3))
+        result = folded(b.model(y), bound=1e-5 if dtype == "float32" else 1e-12)
+        gone(result)
+        assert [f.layer for f in result.folded] == ["frozen"]
+        # the nodes that made its numbers are gone too
+        assert ops(result.model) == ["Conv"]
+
+
+def test_a_frozen_norm_that_nothing_takes_in_stays_a_scale_and_shift():
+    b = Build("float64")
+    y = b.node("Relu", frozen(b, b.node("Relu", b.input([2, 4, 6, 6])), 4)[1])
+    result = folded(b.model(y))
+    assert [k.became for k in result.kept] == ["scale and shift"]
+    assert sorted(ops(result.model)) == ["Add", "Mul", "Relu", "Relu"]
+
+
+def two_readers(b, x):
+    product, y = frozen(b, x, 4)
+    return b.node("Concat", product, y, axis=1)
+
+
+def product_is_output(b, x):
+    product, y = frozen(b, x, 4)
+    return product, y
+
+
+def last_axis(b, x):
+    return b.node("Add", b.node("Mul", x, b.random(4)), b.random(4))
+
+
+def one_number(b, x):
+    return b.node("Add", b.node("Mul", x, b.random(1)), b.random(1))
+
+
+def squared(b, x):
+    return b.node("Add", b.node("Mul", x, x), b.random(4, 1, 1))
+
+
+def added_twice(b, x):
+    y = b.node("Mul", x, b.random(4, 1, 1))
+    return b.node("Add", y, y)
+
+
+def grown(b, x):
+    return b.node("Add", b.node("Mul", b.node("GlobalAveragePool", x), b.random(1, 4, 1, 1)), b.random(1, 4, 4, 1))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [two_readers, product_is_output, last_axis, one_number, squared, added_twice, grown],
+    ids=lambda f: f.__name__,
+)
+def test_other_arithmetic_is_no_norm(build):
+    b = Build("float64")
+    made = build(b, b.node("Conv", b.input([2, 4, 6, 6]), b.random(4, 4, 3, 3)))
+    result = folded(b.model(*(made if isinstance(made, tuple) else (made,))))
+    assert not result.folded
+    assert not result.kept
+
+
+def test_a_frozen_norm_whose_numbers_a_caller_may_give_stays():
+    b = Build("float64")
+    y = frozen(b, b.node("Conv", b.input([2, 4, 6, 6]), b.random(4, 4, 3, 3)), 4)[1]
+    model = b.model(y)
+    variance = next(t for t in model.graph.initializer if t.dims == [4, 1, 1])
+    model.graph.input.append(helper.make_tensor_value_info(variance.name, variance.data_type, list(variance.dims)))
+    assert not folded(model, feeds={"x": np.ones((2, 4, 6, 6))}, example={"x": np.ones((2, 4, 6, 6))}).folded

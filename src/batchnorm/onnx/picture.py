@@ -7,6 +7,7 @@ import numpy as np
 
 from batchnorm.graph import Graph, Linear, Norm, Normalize, Operation, Other, Reshape, Value
 from batchnorm.onnx.calls import Call
+from batchnorm.onnx.frozen import frozen_norm
 from batchnorm.onnx.linear import LinearKey
 from batchnorm.onnx.scopes import Index, Scope, Site, subgraphs
 from batchnorm.onnx.shapes import Shapes
@@ -22,10 +23,20 @@ _KNOWN_BY_NORMS = {"epsilon", "momentum", "spatial", "training_mode"}
 
 @dataclass(frozen=True, slots=True)
 class NormKey:
-    """Where a normalization is in the model, and the number of axes of its data."""
+    """Where a normalization is in the model, and the number of axes of its data.
+
+    Args:
+        site: the node that writes its output.
+        ndim: of its data.
+        first: the node that reads its input, where these are two.
+        source: the name of that input then, and ``constants`` those of its numbers.
+    """
 
     site: Site
     ndim: int
+    first: Site | None = None
+    source: str = ""
+    constants: tuple[str, ...] = ()
 
 
 def is_norm(node: Any) -> bool:
@@ -70,6 +81,8 @@ class _Artist:
             return
         if is_norm(node):
             self._draw_norm(call)
+            return
+        if self._draw_frozen(call):
             return
         spoken = word(call)
         unused = [] if spoken is None else self._unheard(call, spoken)
@@ -134,6 +147,20 @@ class _Artist:
             strict=True,
         ):
             self.values[call.scope.path, name] = value
+
+    def _draw_frozen(self, call: Call) -> bool:
+        """Draw a Mul and its Add as one normalization, where they are a frozen one."""
+        found = frozen_norm(call)
+        if found is None:
+            return False
+        norm, add, source = found
+        shape, product = call.result() or (), call.node.output[0]
+        constants = tuple(name for name in (*call.node.input, *add.input) if name not in (source, product))
+        norm.key = NormKey(call.scope.site(add), len(shape), call.scope.site(call.node), source, constants)
+        (value,) = self.graph.add(Normalize(norm, 1), [self._value(call.scope, source)], [shape], call.name)
+        self.values[call.scope.path, add.output[0]] = value
+        self.drawn.add(call.scope.site(add))
+        return True
 
     def _with_bias(self, call: Call, operation: Operation) -> tuple[Operation, str]:
         """Let an Add of a constant vector behind a layer without a bias be its bias; return what to draw and its output."""

@@ -10,6 +10,7 @@ from onnx import TensorProto
 
 from batchnorm.affine import Affine
 from batchnorm.graph import Changes, Norm, Weights
+from batchnorm.onnx.frozen import COMPUTES
 from batchnorm.onnx.linear import LinearKey
 from batchnorm.onnx.picture import NormKey
 from batchnorm.onnx.scopes import Index, Scope
@@ -154,19 +155,29 @@ class _Writer:
     def replace_norm(self, norm: Norm, what: Affine | None) -> None:
         key: NormKey = norm.key
         scope, node = self.index.find(key.site)
-        self.abandoned.update(node.input[1:])
+        source = self._source(scope, node, key)
         affine = Affine(np.float64(1), np.float64(0)) if what is None else what
         if (affine.scale == 1).all() and (affine.shift == 0).all():
-            self.gone[scope.path][node.output[0]] = node.input[0]
+            self.gone[scope.path][node.output[0]] = source
         else:
             shape = (-1,) + (1,) * (key.ndim - 2)
             self.instead[scope.path][node.output[0]] = self._affine(
                 node,
+                source,
                 Affine(affine.scale.reshape(shape), affine.shift.reshape(shape)),
-                self.precision(scope, node.input[0]),
+                self.precision(scope, source),
             )
 
-    def _affine(self, node: Any, affine: Affine, elem_type: int) -> list[Any]:
+    def _source(self, scope: Scope, node: Any, key: NormKey) -> str:
+        """Return what a norm reads; its numbers, and the first node of a frozen one, are not needed any more."""
+        if key.first is None:
+            self.abandoned.update(node.input[1:])
+            return str(node.input[0])
+        self.instead[scope.path][key.first.output] = []
+        self.abandoned.update(key.constants)
+        return key.source
+
+    def _affine(self, node: Any, source: str, affine: Affine, elem_type: int) -> list[Any]:
         """Return a Mul and an Add, or what is needed of them; in float32 where 16 bits would lose something."""
         through = elem_type if _holds(affine, elem_type) else TensorProto.FLOAT
         base = node.name or node.output[0]
@@ -179,7 +190,7 @@ class _Writer:
             steps.append(("Add", "shift", {}, affine.shift))
         if through != elem_type:
             steps.append(("Cast", "narrow", {"to": elem_type}, None))
-        nodes, source = [], node.input[0]
+        nodes = []
         for place, (op, word, attributes, values) in enumerate(steps):
             output = node.output[0] if place == len(steps) - 1 else self.fresh(f"{node.output[0]}_{word}")
             constants = [] if values is None else [self.add(values, f"{base}.{word}", through)]
@@ -308,7 +319,8 @@ def _drop(index: Index, scope: Scope, dead: set[str]) -> set[str]:
             del graph.initializer[place]
     for place in reversed(range(len(graph.node))):
         node = graph.node[place]
-        if any(name in dead for name in node.output) and index.is_constant(scope, node):
+        computes = node.op_type in COMPUTES and node.domain in ("", "ai.onnx")
+        if any(name in dead for name in node.output) and (computes or index.is_constant(scope, node)):
             following |= {name for name in node.input if name}
             _delete(graph.value_info, node.output[0])
             del graph.node[place]
