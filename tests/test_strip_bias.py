@@ -151,6 +151,10 @@ WORKING = {
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReflectionPad2d(1), nn.BatchNorm2d(4), nn.Tanh()),
         (3, 3, 6, 6),
     ),
+    "a convolution that reflects": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(4), nn.Tanh()),
+        (3, 3, 6, 6),
+    ),
     "average pooling": (
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.AvgPool2d(2), nn.BatchNorm2d(4), nn.Tanh()),
         (4, 3, 8, 8),

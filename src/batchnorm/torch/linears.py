@@ -134,13 +134,9 @@ class Linears:
 
     def _why_fixed(self, site: Site, call: Call) -> str:
         owner = self.scene.modules.get(site.module)
-        stock = (
-            owner is not None
-            and call.module == site.module
-            and is_stock(owner)
-            and getattr(owner, "padding_mode", "zeros") == "zeros"
-        )
-        return "" if stock else "it is no layer of torch that pads with zeros"
+        if owner is None or call.module != site.module or call.node is not None:
+            return "a program calls it as a function, and expects it as it is"
+        return "" if is_stock(owner) else f"{type(owner).__name__} has a forward of its own, which may expect it as it is"
 
     def dense(self, visit: int) -> tuple[Linear, list[Slot]] | None:
         """Return the layer that a visit of ``nn.Linear`` is, however torch takes it apart."""
