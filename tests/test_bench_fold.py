@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -17,8 +18,9 @@ from torch import nn
 from batchnorm.bench import fold as bench
 from batchnorm.bench import judging
 from batchnorm.bench.adversarial import adversaries
+from batchnorm.bench.adversarial_onnx import GRAPHS, inputs_of
 from batchnorm.bench.fold import FoldBench, interval
-from batchnorm.bench.judging import distance, judge, normalizations
+from batchnorm.bench.judging import distance, judge, judge_graph, normalizations
 from batchnorm.bench.peers import FILE_TOOLS, MODULE_TOOLS, PACKAGES, Refitted
 from batchnorm.bench.zoo import TIMM, TORCHVISION, Member, norms_of, randomized
 from batchnorm.bench.zoo_transformers import transformers_zoo
@@ -231,6 +233,30 @@ def test_figures_come_from_the_recorded_values():
     )
     assert "folded 500.0 ms, unfolded 1000.0 ms, median ratio 0.500 [0.500, 0.500], 20 interleaved pairs" in said
     assert said.endswith("raw values: f.json")
+
+
+def test_graphs_are_judged_by_what_they_compute_before():
+    graph = GRAPHS["scale may be overridden"]()
+    found = judge_graph("a graph", graph, inputs_of(graph))
+    ours, theirs = found["tools"]["batchnorm.fold, ONNX"], found["tools"]["onnxruntime, basic"]
+    assert (found["norms"], ours["left"], ours["wrong"]) == (1, 1, False)
+    assert (theirs["left"], theirs["wrong"]) == (1, False)
+
+
+def test_a_tool_that_forgets_an_input_is_wrong(monkeypatch):
+    def forgets(file, out):
+        model = onnx.load(str(file))
+        for tensor in model.graph.initializer:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(0 * onnx.numpy_helper.to_array(tensor), tensor.name))
+        onnx.save(model, str(out))
+        return 0
+
+    monkeypatch.setattr(judging, "FILE_TOOLS", {"forgets": forgets, "raises": raising})
+    graph = GRAPHS["half"]()
+    tools = judge_graph("half", graph, inputs_of(graph))["tools"]
+    assert tools["forgets"]["wrong"]
+    assert tools["forgets"]["left"] == 1
+    assert "crashed" in tools["raises"]
 
 
 def test_an_interval_holds_the_median_and_needs_values():

@@ -168,7 +168,9 @@ def _rewrite(given: argparse.Namespace) -> None:
 def _add_bench(verbs: Any) -> None:
     verb = _verb(verbs, "bench", _bench, "measure the figures of README and docs on this machine")
     verb.add_argument("what", choices=list(_BENCHES), help="; ".join(f"{k}: {v}" for k, v in _BENCHES.items()))
-    verb.add_argument("part", nargs="*", help="of fold: torchvision, transformers, timm, adversarial, speed (all)")
+    verb.add_argument(
+        "part", nargs="*", help="of fold: torchvision, transformers, timm, adversarial, graphs, speed (all)"
+    )
     verb.add_argument(
         "--out", type=Path, default=Path("benchmarks"), metavar="DIR", help="raw values as JSON (benchmarks)"
     )

@@ -18,7 +18,8 @@ from torch import nn
 
 import batchnorm
 from batchnorm.bench.adversarial import adversaries
-from batchnorm.bench.judging import judge
+from batchnorm.bench.adversarial_onnx import GRAPHS, inputs_of
+from batchnorm.bench.judging import judge, judge_graph
 from batchnorm.bench.machine import describe, keep
 from batchnorm.bench.peers import FILE_TOOLS, MODULE_TOOLS, PACKAGES
 from batchnorm.bench.zoo import Member, timm_zoo, torchvision_zoo
@@ -48,7 +49,7 @@ MOST_PARAMETERS = 500e6
 WHOLE = ("resnet152", "efficientnet_b6")
 LATENCY = ("mobilenet_v2", "resnet50", "densenet121")
 ROUNDS, PAIRS = 5, 100
-PARTS = (*ZOOS, "speed")
+PARTS = (*ZOOS, "graphs", "speed")
 HEAD = ("Tool", "Models", "Norms", "Removed", "Scale and shift", "Wrong", "Crashed", "Seconds")
 
 
@@ -95,10 +96,24 @@ def run(out: Path, *parts: str, quick: bool = False) -> FoldBench:
     measured, files = {}, []
     for part in parts or PARTS:
         facts: dict[str, Any] = {"machine": describe(), "date": datetime.datetime.now(datetime.UTC).isoformat()}
-        facts |= _speed(quick) if part == "speed" else _models(part, quick)
+        facts |= _measure(part, quick)
         measured[part] = facts
         files.append(keep(facts, out, f"fold_{part}.json"))
     return FoldBench(measured, tuple(files))
+
+
+def _measure(part: str, quick: bool) -> dict[str, Any]:
+    if part == "speed":
+        return _speed(quick)
+    return _graphs(quick) if part == "graphs" else _models(part, quick)
+
+
+def _graphs(quick: bool) -> dict[str, Any]:
+    with one_thread():
+        _warm_up()
+        names = list(GRAPHS)[: 2 if quick else None]
+        models = {name: GRAPHS[name]() for name in names}
+        return {"models": [judge_graph(name, model, inputs_of(model)) for name, model in models.items()]}
 
 
 def _models(zoo: str, quick: bool) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from batchnorm.errors import BatchNormError
 from batchnorm.torch.evaluation import call
 from batchnorm.torch.recording import tensors_of
 
-__all__ = ["distance", "judge", "normalizations", "outputs"]
+__all__ = ["distance", "judge", "judge_graph", "normalizations", "outputs"]
 
 WRONG = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 """Relative difference that no rounding explains: thousands of roundings of a float32 or float64, dozens of a half.
@@ -89,6 +89,38 @@ def judge(member: Member, *, files: bool = True, negated: bool = False, seconds:
         with tempfile.TemporaryDirectory() as folder:
             facts |= _judge_files(expected, Path(folder), seconds, facts["tools"])
     return facts
+
+
+def judge_graph(name: str, model: Any, inputs: dict[str, np.ndarray], seconds: float = SECONDS) -> dict[str, Any]:
+    """Let every tool for files fold one ONNX model, and return what became of it.
+
+    Args:
+        name: of the model.
+        model: an ``onnx.ModelProto``.
+        inputs: for all its inputs, those with an initializer among them.
+        seconds: after which a tool is stopped.
+    """
+    half = any(array.dtype == np.float16 for array in inputs.values())
+    facts: dict[str, Any] = {"name": name, "bound": WRONG[torch.float16 if half else torch.float32], "tools": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        file, out = Path(folder) / "model.onnx", Path(folder) / "folded.onnx"
+        import_module("onnx").save(model, str(file))
+        facts["norms"], _ = _normalizations_of_file(file)
+        values = _run_file(file, inputs)
+        for tool, fold in FILE_TOOLS.items():
+            facts["tools"][tool] = _apart(partial(_judge_graph, fold, file, out, inputs, values), seconds)
+            found = facts["tools"][tool]
+            found |= {} if "crashed" in found else {"wrong": not found["error"] <= facts["bound"]}
+    return facts
+
+
+def _judge_graph(fold: FileTool, file: Path, out: Path, inputs: dict[str, np.ndarray], values: list[np.ndarray]) -> Any:
+    out.unlink(missing_ok=True)
+    started = time.perf_counter()
+    plain = fold(file, out)
+    seconds = time.perf_counter() - started
+    left = _normalizations_of_file(out)[0] + plain
+    return {"seconds": seconds, "plain": plain, "left": left, "error": distance(values, _run_file(out, inputs))}
 
 
 def _expected(model: nn.Module, examples: list[Any]) -> Expected:
@@ -190,7 +222,12 @@ def _run_file(file: Path, example: Any) -> list[np.ndarray]:
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads, options.log_severity_level = 1, 4
     session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    given = dict(zip([i.name for i in session.get_inputs()], (t.numpy() for t in tensors_in(example)), strict=False))
+    names = [i.name for i in session.get_inputs()]
+    if isinstance(example, dict) and all(isinstance(value, np.ndarray) for value in example.values()):
+        wanted = {*names, *(i.name for i in session.get_overridable_initializers())}
+        given = {name: value for name, value in example.items() if name in wanted}
+    else:
+        given = dict(zip(names, (t.numpy() for t in tensors_in(example)), strict=False))
     return [np.asarray(value) for value in session.run(None, given)]
 
 

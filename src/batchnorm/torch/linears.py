@@ -136,7 +136,9 @@ class Linears:
         owner = self.scene.modules.get(site.module)
         if owner is None or call.module != site.module or call.node is not None:
             return "a program calls it as a function, and expects it as it is"
-        return "" if is_stock(owner) else f"{type(owner).__name__} has a forward of its own, which may expect it as it is"
+        return (
+            "" if is_stock(owner) else f"{type(owner).__name__} has a forward of its own, which may expect it as it is"
+        )
 
     def dense(self, visit: int) -> tuple[Linear, list[Slot]] | None:
         """Return the layer that a visit of ``nn.Linear`` is, however torch takes it apart."""
