@@ -1015,6 +1015,19 @@ def test_the_example_is_left_as_it_is():
     assert torch.equal(x, X)
 
 
+def test_a_model_that_writes_to_its_input_is_given_copies():
+    x = X.clone()
+    result = bn.fold(net(lambda self, x: self.norm(self.conv(x.mul_(2).add_(1)))), x)
+    assert names(result.folded) == ["norm"]
+    assert torch.equal(x, X)
+
+
+def test_a_float64_model_is_watched_on_a_float32_example():
+    result = bn.fold(net(plain).double(), X)
+    assert names(result.folded) == ["norm"]
+    assert float(result.error) < 1e-13
+
+
 def test_a_folded_model_does_not_write_into_its_input():
     """Where a norm vanishes, what wrote into its output must not write into its input."""
     model = net(lambda self, x: self.conv(self.norm(x).relu_()), norm=nn.BatchNorm2d(3))

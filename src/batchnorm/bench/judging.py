@@ -28,8 +28,7 @@ from torch.utils._pytree import tree_map
 from batchnorm.bench.peers import FILE_TOOLS, MODULE_TOOLS, PACKAGES, FileTool, Flat, ModuleTool, Refitted, tensors_in
 from batchnorm.bench.zoo import Member, norms_of
 from batchnorm.errors import BatchNormError
-from batchnorm.torch.evaluation import call
-from batchnorm.torch.recording import tensors_of
+from batchnorm.torch.evaluation import call, tensors_of
 
 __all__ = ["distance", "judge", "judge_graph", "normalizations", "outputs"]
 

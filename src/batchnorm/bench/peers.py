@@ -11,8 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import batchnorm
 from batchnorm.fold import FoldResult
-from batchnorm.torch.evaluation import call
-from batchnorm.torch.recording import tensors_of
+from batchnorm.torch.evaluation import call, tensors_of
 
 __all__ = ["FILE_TOOLS", "MODULE_TOOLS", "PACKAGES", "FileTool", "Flat", "ModuleTool", "Refitted", "tensors_in"]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from batchnorm.torch.recording import Call, Slot
+from batchnorm.torch.events import Call, Slot
 
 __all__ = ["Constants", "UnknownConstantError"]
 

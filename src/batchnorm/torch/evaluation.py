@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-__all__ = ["Inputs", "call", "copied", "evaluating", "kept_generators", "positional_and_named", "untraced"]
+__all__ = [
+    "Inputs",
+    "call",
+    "copied",
+    "evaluating",
+    "kept_generators",
+    "positional_and_named",
+    "tensors_of",
+    "untraced",
+]
 
 
 class Inputs(NamedTuple):
@@ -79,3 +88,21 @@ def untraced(model: nn.Module) -> Iterator[None]:
     """Evaluate as `evaluating` does, and put the random number generators of the process back too."""
     with kept_generators(), evaluating(model):
         yield
+
+
+def tensors_of(tree: Any, seen: frozenset[int] = frozenset()) -> list[Tensor]:
+    """Return the tensors of nested containers and objects, in a fixed order."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if id(tree) in seen or isinstance(tree, nn.Module | type | str | bytes) or callable(tree):
+        return []
+    inner: list[Any] = []
+    if isinstance(tree, Mapping):
+        inner += tree.values()
+    elif isinstance(tree, list | tuple | set | frozenset):
+        inner += tree
+    inner += getattr(tree, "__dict__", {}).values()
+    for kind in type(tree).__mro__:
+        names = vars(kind).get("__slots__", ())
+        inner += [getattr(tree, name, None) for name in ([names] if isinstance(names, str) else names)]
+    return [tensor for item in inner for tensor in tensors_of(item, seen | {id(tree)})]

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from torch import Tensor
 
 from batchnorm.graph import Layout, Linear, Weights
+from batchnorm.torch.events import Call, Slot
 from batchnorm.torch.graphs import takes_bias
 from batchnorm.torch.keys import Site
 from batchnorm.torch.preparing import is_stock
-from batchnorm.torch.recording import Call, Slot
 from batchnorm.torch.scene import Scene, behind_views, nodes_of
 from batchnorm.torch.vocabulary import arguments
 

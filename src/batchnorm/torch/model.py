@@ -10,11 +10,11 @@ from torch.utils._pytree import tree_map
 
 from batchnorm.errors import OptionError
 from batchnorm.graph import Changes, Graph, Layer
-from batchnorm.torch.evaluation import Inputs, call, copied, untraced
+from batchnorm.torch.evaluation import Inputs, call, copied, tensors_of, untraced
+from batchnorm.torch.events import Recording
 from batchnorm.torch.graphs import own_buffers, structural_copy
 from batchnorm.torch.picture import draw
 from batchnorm.torch.preparing import Prepared, prepare, replace_module
-from batchnorm.torch.recording import Recording, tensors_of
 from batchnorm.torch.rewriting import rewrite
 
 __all__ = ["TorchModel"]

@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_flatten
 from batchnorm.arrays import to_numpy
 from batchnorm.graph import Norm, Normalize
 from batchnorm.torch.constants import UnknownConstantError
+from batchnorm.torch.events import Call, Slot
 from batchnorm.torch.graphs import is_batch_norm
 from batchnorm.torch.keys import Site
 from batchnorm.torch.layers import BatchNorm
 from batchnorm.torch.preparing import BATCH_NORMS, is_stock
-from batchnorm.torch.recording import Call, Slot
 from batchnorm.torch.scene import Scene, nodes_of
 from batchnorm.torch.vocabulary import arguments
 

@@ -3,10 +3,10 @@
 from torch import nn
 
 from batchnorm.graph import Activation, Graph, Linear, Norm, Normalize, Operation, Other, Pool, Reshape, Value, Weights
+from batchnorm.torch.events import Call, Recording, Slot
 from batchnorm.torch.linears import Linears
 from batchnorm.torch.norms import Norms
 from batchnorm.torch.preparing import is_stock
-from batchnorm.torch.recording import Call, Recording, Slot
 from batchnorm.torch.scene import VIEWS, Scene, behind_views
 from batchnorm.torch.vocabulary import read
 

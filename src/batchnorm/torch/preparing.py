@@ -9,8 +9,9 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from batchnorm.torch.events import Call, Recording
 from batchnorm.torch.graphs import own_buffers, structural_copy, trace
-from batchnorm.torch.recording import Call, Recording, record
+from batchnorm.torch.recording import record
 
 __all__ = ["BATCH_NORMS", "Prepared", "drop_biases", "is_stock", "prepare", "replace_module", "replace_modules"]
 

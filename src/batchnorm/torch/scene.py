@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from torch import Tensor, nn
 
 from batchnorm.torch.constants import Constants
-from batchnorm.torch.recording import Call, Recording, Slot
+from batchnorm.torch.events import Call, Recording, Slot
 
 __all__ = ["VIEWS", "Scene", "behind_views", "nodes_of"]
 

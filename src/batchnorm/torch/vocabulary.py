@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from batchnorm.graph import Activation, Add, Concat, Identity, Operation, Pad, Pool, Reshape, Transpose
-from batchnorm.torch.recording import Call, Slot
+from batchnorm.torch.events import Call, Slot
 
 __all__ = ["arguments", "read"]
 
