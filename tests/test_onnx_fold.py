@@ -713,13 +713,49 @@ def added_twice(b, x):
     return b.node("Add", y, y)
 
 
+def two_axes(b, x):
+    flat = b.node("Flatten", b.node("GlobalAveragePool", x))
+    return b.node("Add", b.node("Mul", flat, b.random(4)), b.random(4))
+
+
+def constants_alone(b, x):
+    shift = b.node("Add", b.node("Mul", b.random(1, 4, 1, 1), b.random(1, 4, 1, 1)), b.random(1, 4, 1, 1))
+    return b.node("Relu", b.node("Add", b.node("Relu", x), shift))
+
+
+def multiplied_out(b, x):
+    mean = b.node("GlobalMaxPool", b.node("Transpose", x, perm=[0, 2, 1, 3]))
+    return b.node(
+        "Add",
+        b.node("Mul", b.node("Slice", mean, *(b.const(np.array([n])) for n in (0, 1, 1))), b.random(1, 4, 1, 1)),
+        b.random(1, 4, 1, 1),
+    )
+
+
+def added_in_a_branch(b, x):
+    product, _ = b.node("Mul", x, b.random(4, 1, 1)), b.input([], "c", dtype="bool")
+    return branches(b, lambda n: b.node("Add", product, b.random(4, 1, 1)) if n else b.node("Relu", x))
+
+
 def grown(b, x):
     return b.node("Add", b.node("Mul", b.node("GlobalAveragePool", x), b.random(1, 4, 1, 1)), b.random(1, 4, 4, 1))
 
 
 @pytest.mark.parametrize(
     "build",
-    [two_readers, product_is_output, last_axis, one_number, squared, added_twice, grown],
+    [
+        two_readers,
+        product_is_output,
+        last_axis,
+        one_number,
+        squared,
+        added_twice,
+        two_axes,
+        constants_alone,
+        multiplied_out,
+        added_in_a_branch,
+        grown,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_other_arithmetic_is_no_norm(build):

@@ -146,6 +146,14 @@ def test_a_hook_keeps_the_norm_and_is_never_given_a_fake_tensor(where, kind):
     assert len(getattr(model.get_submodule(where), kind.replace("register", "") + "s")) == 1
 
 
+def test_what_a_hook_makes_of_an_output_is_compared_too():
+    model = net(forward_only)
+    model.last.register_forward_hook(lambda module, args, y: 2 * y)
+    result = bn.fold(model, X)
+    assert [k.became for k in result.kept] == ["scale and shift"]
+    assert relative(results(result.model, X), results(model, X)) < 1e-6
+
+
 def test_a_hook_on_a_parent_sees_the_same_values_afterwards():
     seen = []
     block = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
@@ -1035,3 +1043,35 @@ def test_a_folded_model_does_not_write_into_its_input():
     folded, x = bn.fold(model, X).model, X.clone()
     results(folded, x)
     assert torch.equal(x, X)
+
+
+# --- what jumps by itself -----------------------------------------------------------------------------------------
+
+
+def chaotic(self, x):
+    # a change in the last place of the input is lost here
+    z = self.norm(self.conv(x / 1000 + 1)).sigmoid()
+    for _ in range(34):
+        z = 4 * z * (1 - z)
+    return self.last(z)
+
+
+def locked():
+    return {"last": nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 2, 1))}
+
+
+@pytest.mark.parametrize("layers", [dict, locked])
+def test_a_model_that_amplifies_rounding_is_held_against_what_rounding_does_to_it(layers):
+    result = bn.fold(net(chaotic, **layers()), X)
+    assert names(result.folded) == ["norm"]
+    assert float(result.error) > 1e-8
+    assert all(m.relative <= m.bound for m in result.error.measured)
+
+
+def test_what_it_amplifies_does_not_hide_a_mistake(monkeypatch):
+    from batchnorm.fold import folding
+
+    right = folding.absorbed
+    monkeypatch.setattr(folding, "absorbed", lambda *args: (right(*args)[0] * 1.001, right(*args)[1]))
+    with pytest.raises(VerificationError, match="differ by"):
+        bn.fold(net(chaotic), X)
