@@ -711,6 +711,28 @@ def test_weights_that_float16_can_not_hold_are_not_folded(scale, weight, words):
     assert relative(results(result.model, x), results(model, x)) < 0.01
 
 
+def test_a_scale_that_float16_can_not_hold_is_kept_in_float32():
+    model = half_net(1000.0, 0.05)
+    with torch.no_grad():
+        model[1].running_var.fill_(1e-7)
+        model[1].eps = 1e-7
+    x = torch.tensor([[[0.01, 0.02], [0.03, -0.01]]]).half()
+    result = bn.fold(model, x)
+    assert [k.became for k in result.kept] == ["scale and shift"]
+    assert result.model[1].weight.dtype is torch.float32
+    assert result.model(x).dtype is torch.float16
+    assert relative(results(result.model, x), results(model, x)) < 0.01
+
+
+def test_statistics_that_are_not_finite_are_named_even_if_nothing_else_is_left():
+    model = net(plain)
+    model.norm.running_var.fill_(float("nan"))
+    result = bn.fold(model, X)
+    assert "norm" in names(result.kept)
+    assert "not finite: recalibrate it" in result.kept[0].reason
+    assert "nothing was changed" in str(result)
+
+
 def test_each_group_of_a_transposed_convolution_must_survive_float16():
     model = half_net(1e-6, 1e-3, nn.ConvTranspose1d(2, 2, 1, groups=2, bias=False))
     result = bn.fold(model, torch.randn(1, 2, 3).half())

@@ -11,7 +11,7 @@ from batchnorm.arrays import Array, namespace
 from batchnorm.errors import BatchNormError
 from batchnorm.fold.absorption import absorbed, loss
 from batchnorm.fold.plan import GONE, PLAIN, Fate, Plan, plan_folding
-from batchnorm.fold.proof import prove
+from batchnorm.fold.proof import Error, prove
 from batchnorm.fold.result import Folded, FoldResult, Kept
 from batchnorm.graph import Changes, Graph, Model, Norm, Weights
 from batchnorm.models import adapt
@@ -71,7 +71,11 @@ def fold(model: Any, example: Any | None = None, *, inplace: bool = False) -> Fo
         plan, changes = _decide(graph, closed)
         after = before.changed(changes)
     exact = replace(changes, weights=_Exact(plan))
-    error = prove(before, after, lambda wide: wide.change(exact), example, graph.weights(), _cancellation(plan))
+    if changes.norms:
+        error = prove(before, after, lambda wide: wide.change(exact), example, graph.weights(), _cancellation(plan))
+    else:
+        before.outputs(inputs)
+        error = Error((), "nothing was changed, so that there is nothing to compare")
     if inplace:
         before.change(changes)
         after = before

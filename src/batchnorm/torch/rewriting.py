@@ -119,6 +119,15 @@ def _stand_in(old: Any, site: Site, replacement: Affine | Border | None) -> nn.M
     return new.train(old.training)
 
 
+def _vectors(affine: Affine, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scale and shift in the dtype of the layer, or in float32 where that can't hold them."""
+    found = tensor_like(affine.scale, like), tensor_like(affine.shift, like)
+    wide = like.to(torch.float32) if like.element_size() < 4 else like
+    exact = tensor_like(affine.scale, wide), tensor_like(affine.shift, wide)
+    held = all(bool((f.isfinite() & ((f == 0) == (e == 0))).all()) for f, e in zip(found, exact, strict=True))
+    return found if held else exact
+
+
 def _any_vector(model: nn.Module) -> Tensor:
     tensors = (t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
     return next(tensors, torch.zeros(0))
@@ -126,7 +135,7 @@ def _any_vector(model: nn.Module) -> Tensor:
 
 def _inner(replacement: Affine | Border | None, like: Tensor) -> nn.Module:
     if isinstance(replacement, Affine):
-        return ScaleShift(tensor_like(replacement.scale, like), tensor_like(replacement.shift, like))
+        return ScaleShift(*_vectors(replacement, like))
     if isinstance(replacement, Border):
         sizes = {axis: (before, after) for axis, before, after in replacement.padding}
         last = max(sizes)
