@@ -678,11 +678,22 @@ def test_a_frozen_norm_goes_into_the_layer_before_or_behind_it(dtype, first, com
         assert ops(result.model) == ["Conv"]
 
 
-def test_a_frozen_norm_that_nothing_takes_in_stays_a_scale_and_shift():
+def test_a_frozen_norm_that_nothing_takes_in_is_a_scale_and_shift_already():
     b = Build("float64")
     y = b.node("Relu", frozen(b, b.node("Relu", b.input([2, 4, 6, 6])), 4)[1])
-    result = folded(b.model(y))
-    assert [k.became for k in result.kept] == ["scale and shift"]
+    model = b.model(y)
+    result = folded(model)
+    assert result.kept == ()
+    assert ops(result.model) == ops(model)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_frozen_norm_and_another_one_become_one_scale_and_shift(first):
+    b = Build("float64")
+    x = b.node("Relu", b.input([2, 4, 6, 6]))
+    y = frozen(b, b.norm(x, 4), 4)[1] if first else b.norm(frozen(b, x, 4)[1], 4)
+    result = folded(b.model(b.node("Relu", y)))
+    assert len(result.folded) == len(result.kept) == 1
     assert sorted(ops(result.model)) == ["Add", "Mul", "Relu", "Relu"]
 
 

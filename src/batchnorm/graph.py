@@ -127,6 +127,7 @@ class Norm:
         by_batch: whether it normalizes by the statistics of the batch, as in training.
         locked: why the layer may not be replaced; empty where it may.
         computed: why the running mean and the parameters are not stored as they are used; empty where they are.
+        plain: whether it is a scale and shift in the model already, which is no news where it stays one.
         key: what the wing knows the layer by.
     """
 
@@ -139,6 +140,7 @@ class Norm:
     by_batch: bool = False
     locked: str = ""
     computed: str = ""
+    plain: bool = False
     key: Any = None
 
     @property

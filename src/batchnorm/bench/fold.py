@@ -3,6 +3,7 @@
 import copy
 import datetime
 import gc
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -171,7 +172,8 @@ def _warm_up() -> None:
 
 def _judged(members: list[Member]) -> Iterator[dict[str, Any]]:
     """Judge the tools on one model after the other; one that can't be built or run is told as such."""
-    for member in members:
+    for number, member in enumerate(members, 1):
+        sys.stderr.write(f"{member.zoo} {number}/{len(members)}: {member.name}\n")
         try:
             _, model, _ = member()
             small = sum(p.numel() for p in model.parameters()) < MOST_PARAMETERS

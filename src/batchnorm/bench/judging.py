@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map
 
 from batchnorm.bench.peers import FILE_TOOLS, MODULE_TOOLS, PACKAGES, FileTool, Flat, ModuleTool, Refitted, tensors_in
 from batchnorm.bench.zoo import Member, norms_of
-from batchnorm.errors import BatchNormError
+from batchnorm.errors import BatchNormError, OptionError
 from batchnorm.torch.evaluation import call, tensors_of
 
 __all__ = ["distance", "judge", "judge_graph", "normalizations", "outputs"]
@@ -194,8 +194,15 @@ def _export(expected: Expected, file: Path) -> dict[str, Any]:
     )  # fmt: skip
     norms, products = _normalizations_of_file(file)
     values = [_run_file(file, x) for x in expected.examples]
+    if any(_is_random(node) for node in import_module("onnx").load(str(file)).graph.node):
+        raise OptionError("the exported model draws random numbers, and others after any rewrite")
+    np.savez(file.with_name("inputs.npz"), *[tensor.numpy() for tensor in tensors_in(x)])
     np.savez(file.with_suffix(".npz"), *[v for value in values for v in value])
     return {"norms": norms, "products": products}
+
+
+def _is_random(node: Any) -> bool:
+    return "Random" in node.op_type or (node.op_type == "Dropout" and len(node.input) > 2)
 
 
 def _judge_file(fold: FileTool, expected: Expected, file: Path, out: Path, made: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -86,9 +87,21 @@ MODULE_TOOLS: dict[str, ModuleTool] = {
 
 
 def _ours_on_a_file(file: Path, out: Path) -> int:
-    result = batchnorm.fold(str(file))
+    result = batchnorm.fold(str(file), _inputs_beside(file))
     import_module("onnx").save(result.model, str(out))
     return _plain(result)
+
+
+def _inputs_beside(file: Path) -> dict[str, Any] | None:
+    """Return inputs that lie beside a model, in the order of those of the model."""
+    stored = file.with_name("inputs.npz")
+    if not stored.exists():
+        return None
+    model = import_module("onnx").load(str(file))
+    held = {tensor.name for tensor in model.graph.initializer}
+    names = [value.name for value in model.graph.input if value.name not in held]
+    with np.load(stored) as arrays:
+        return dict(zip(names, (arrays[key] for key in arrays.files), strict=False))
 
 
 def _onnxsim(file: Path, out: Path) -> int:

@@ -83,7 +83,7 @@ def fold(model: Any, example: Any | None = None, *, inplace: bool = False) -> Fo
     kept = [
         Kept(norm.name, fate.how, "scale and shift" if fate.state == PLAIN else "unchanged")
         for norm, fate in plan.norms.items()
-        if fate.state != GONE
+        if fate.state != GONE and not (norm.plain and not _changes(norm, fate))
     ]
     kept += [Kept(norm.name, norm.locked or "it was not called on the example", "unchanged") for norm in graph.uncalled]
     return FoldResult(after.model, tuple(folded), tuple(kept), error)
@@ -127,10 +127,17 @@ def _decide(graph: Graph, closed: dict[Weights | Norm, str]) -> tuple[Plan, Chan
             weights: reason for weights, reason in rewritten.items() if isinstance(reason, str)
         }
         if not refused:
-            norms = {norm: _replacement(fate) for norm, fate in plan.norms.items() if fate.state in (GONE, PLAIN)}
+            norms = {norm: _replacement(fate) for norm, fate in plan.norms.items() if _changes(norm, fate)}
             arrays = {weights: new for weights, new in rewritten.items() if not isinstance(new, str)}
             return plan, Changes(weights=arrays, norms=norms, unpadded=plan.unpadded)
         closed.update(refused)
+
+
+def _changes(norm: Norm, fate: Fate) -> bool:
+    """Whether anything is to be written in the place of a norm."""
+    if fate.state == PLAIN and norm.plain and fate.affine is not None:
+        return bool((fate.affine.scale != norm.affine.scale).any() or (fate.affine.shift != norm.affine.shift).any())
+    return fate.state in (GONE, PLAIN)
 
 
 class _Exact(Mapping[Weights, tuple[Array, Array | None]]):

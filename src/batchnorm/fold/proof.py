@@ -126,15 +126,12 @@ def prove(
         wide, note = _run_wide(before, widen_after, kinds)
     notes += [note] if note else []
     measured = [_wide(kind, *pair, own[kind], before.precision, cancellation) for kind, pair in wide.items()]
-    measured = [
-        m if m.relative <= m.bound else _disturbed(before, m, kinds[m.inputs], wide[m.inputs][0], weights)
-        for m in measured
-    ]
     if before.precision != "float64" or not wide:
         measured += [
             _own(kind, own[kind], rewritten[kind], wide.get(kind, (None,))[0], before.precision, cancellation)
             for kind in kinds
         ]
+    measured = [m if m.relative <= m.bound else _disturbed(before, m, kinds[m.inputs], weights) for m in measured]
     for m in measured:
         if not m.relative <= m.bound:
             raise VerificationError(
@@ -175,32 +172,32 @@ def _wide(
     return Measured(kind, "float64", absolute, relative, bound)
 
 
-def _disturbed(
-    model: Model, m: Measured, inputs: Any, expected: list[np.ndarray], weights: Collection[Weights]
-) -> Measured:
-    """Widen the bound to what a change in the last place of its weights does to the model itself, which may sort or cut."""
-    jumps = [0.0]
-    for seed in range(DISTURBANCES):
-        twin = model.cast("float64")
-        assert twin is not None  # noqa: S101
-        twin.change(Changes(weights=_Nudged(weights, seed)))
-        jumps.append(_difference(expected, twin.outputs(inputs))[1])
+def _disturbed(model: Model, m: Measured, inputs: Any, weights: Collection[Weights]) -> Measured:
+    """Widen a bound to what a change in the last place of its weights does to the model itself, which may sort or cut."""
+    twin = model if m.precision == model.precision else model.cast(m.precision)
+    assert twin is not None  # noqa: S101
+    expected = twin.outputs(inputs)
+    nudged = [Changes(weights=_Nudged(weights, m.precision, seed)) for seed in range(DISTURBANCES)]
+    jumps = [_difference(expected, twin.changed(changes).outputs(inputs))[1] for changes in nudged]
     return replace(m, bound=max(m.bound, CONDITION * max(jumps)))
 
 
 class _Nudged(Mapping[Weights, tuple[Array, Array | None]]):
-    """Weights in float64, each with a random change in the last place; one layer at a time."""
+    """Weights in some precision, each with a random change in the last place; one layer at a time."""
 
-    def __init__(self, weights: Collection[Weights], seed: int) -> None:
+    def __init__(self, weights: Collection[Weights], precision: str, seed: int) -> None:
         self.weights = [each for each in weights if not each.locked]
-        self.seed = seed
+        self.precision, self.seed = precision, seed
 
     def __getitem__(self, weights: Weights) -> tuple[Array, Array | None]:
         weight, bias = weights.read()
         wide = widen(weight)
         xp, rng = namespace(wide), np.random.default_rng([self.seed, self.weights.index(weights)])
         signs = xp.asarray(rng.integers(-1, 2, tuple(wide.shape)), dtype=wide.dtype, device=wide.device)
-        return wide * (1 + signs * _eps("float64")), None if bias is None else widen(bias)
+        nudged = wide * (1 + signs * _eps(self.precision))
+        if self.precision != "float64":
+            return xp.astype(nudged, weight.dtype), bias
+        return nudged, None if bias is None else widen(bias)
 
     def __iter__(self) -> Iterator[Weights]:
         return iter(self.weights)

@@ -46,8 +46,8 @@ def frozen_norm(call: Call) -> tuple[Norm, Any, str] | None:
     if shift is None or not _is_of_channels(shift, call):
         return None
     scale, shift = scale.reshape(-1), shift.reshape(-1)
-    norm = Norm(call.name, np.zeros_like(shift), np.ones_like(scale), scale, shift, 0.0, computed="it is frozen")
-    return norm, add, source
+    mean, variance = np.zeros_like(shift), np.ones_like(scale)
+    return Norm(call.name, mean, variance, scale, shift, 0.0, computed="it is frozen", plain=True), add, source
 
 
 def _times_constant(call: Call) -> tuple[str, np.ndarray] | None:
