@@ -13,6 +13,8 @@ from torch import fx, nn
 
 import batchnorm as bn
 from batchnorm import torch as bt
+from batchnorm.models import adapt
+from batchnorm.torch.recording import record
 from test_torch_fold import Small, judged, names, norms_run, relative, results, trained
 
 X = torch.linspace(-2, 2, 2 * 3 * 6 * 6).reshape(2, 3, 6, 6).sin()
@@ -629,3 +631,12 @@ def test_getitem_of_several_outputs_survives_in_a_graph():
             return operator.add(a, b), a
 
     assert names(judged(fx.symbolic_trace(trained(Net())), X, Y).folded) == ["norm"]
+
+
+def test_a_picture_of_a_deep_network_prints_short():
+    """Whoever looks at one with a debugger sees a line for each node, not every path through the network."""
+    model = nn.Sequential(*[nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)) for _ in range(40)]).eval()
+    view = adapt(model)
+    graph = view.graph(torch.randn(1, 3, 4, 4))
+    assert len(repr(graph.nodes)) < 1000 * len(graph.nodes)
+    assert len(repr(record(model, torch.randn(1, 3, 4, 4)))) < 100_000

@@ -270,8 +270,8 @@ class Value:
     """
 
     shape: tuple[int, ...]
-    producer: "Node | None" = None
-    consumers: "list[Node]" = field(default_factory=list)
+    producer: "Node | None" = field(default=None, repr=False)
+    consumers: "list[Node]" = field(default_factory=list, repr=False)
     pinned: str = ""
     overwritten: bool = False
 

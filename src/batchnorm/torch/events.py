@@ -27,11 +27,11 @@ class Slot:
     shape: tuple[int, ...]
     dtype: torch.dtype
     parameter: str = ""
-    source: "Call | None" = None
+    source: "Call | None" = field(default=None, repr=False)
     depends: bool = False
     pinned: str = ""
     overwritten: bool = False
-    value: Tensor | None = None
+    value: Tensor | None = field(default=None, repr=False)
 
 
 @dataclass(eq=False, slots=True)
