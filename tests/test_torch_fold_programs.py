@@ -639,4 +639,4 @@ def test_a_picture_of_a_deep_network_prints_short():
     view = adapt(model)
     graph = view.graph(torch.randn(1, 3, 4, 4))
     assert len(repr(graph.nodes)) < 1000 * len(graph.nodes)
-    assert len(repr(record(model, torch.randn(1, 3, 4, 4)))) < 100_000
+    assert len(repr(record(model, torch.randn(1, 3, 4, 4)))) < 10_000 * len(graph.nodes)
