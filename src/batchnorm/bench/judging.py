@@ -39,6 +39,8 @@ A float32 network may be ill-conditioned: `FACTOR` times its own distance from f
 """
 FACTOR = 20
 SECONDS = 300.0
+LARGE = 300e6
+"""Parameters from which on a model is judged in its own dtype alone: three copies in float64 would fill the memory."""
 OPSET = 17
 
 
@@ -154,7 +156,7 @@ def _judge_module(fold: ModuleTool, expected: Expected) -> dict[str, Any]:
     facts["left"] = left + plain
     facts["error"] = _worst(lambda x: outputs(folded, x), expected.examples, expected.values)
     facts["wrong"] = not facts["error"] <= expected.bound
-    if _dtype(expected.model) is torch.float32:
+    if _dtype(expected.model) is torch.float32 and _size(expected.model) < LARGE:
         facts["wide"] = _error_in_float64(fold, expected)
         facts["wrong"] |= facts["wide"] is not None and not facts["wide"] <= WRONG[torch.float64]
     return facts
@@ -372,6 +374,10 @@ def _worst(run: Callable[[Any], list[np.ndarray]], examples: list[Any], values: 
 def _array(tensor: Tensor) -> np.ndarray:
     tensor = tensor.detach()
     return np.asarray(tensor.double() if tensor.dtype is torch.bfloat16 else tensor)
+
+
+def _size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
