@@ -33,10 +33,10 @@ def is_eager(x: Tensor) -> bool:
     return (
         type(x) is Tensor
         and x.is_cpu
-        and torch._C._len_torch_dispatch_stack() == 0
         and not torch.compiler.is_compiling()
         and peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
+        and torch._C._len_torch_dispatch_stack() == 0
     )
 
 
