@@ -213,12 +213,16 @@ def _nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
     return torch.tensor(kept, dtype=torch.int64)
 
 
+def _pass() -> None:
+    """Do nothing; TorchScript, which reads the sources of what it calls, takes no lambda."""
+
+
 def _patch() -> None:
     """Let torchvision's own Python version of ``roi_align`` be used, which it has for other backends."""
     boxes: Any = import_module("torchvision.ops.boxes")
     poolers: Any = import_module("torchvision.ops.poolers")
     heads: Any = import_module("torchvision.models.detection.roi_heads")
-    boxes._assert_has_ops = lambda: None
+    boxes._assert_has_ops = _pass
     align = import_module("torchvision.ops.roi_align")
     to_rois = import_module("torchvision.ops._utils").convert_boxes_to_roi_format
 
