@@ -223,7 +223,8 @@ def _patch() -> None:
     poolers: Any = import_module("torchvision.ops.poolers")
     heads: Any = import_module("torchvision.models.detection.roi_heads")
     boxes._assert_has_ops = _pass
-    align = import_module("torchvision.ops.roi_align")
+    # without its torch.compile, which can't be traced
+    align: Any = import_module("torchvision.ops.roi_align")._roi_align.__wrapped__
     to_rois = import_module("torchvision.ops._utils").convert_boxes_to_roi_format
 
     def roi_align(
@@ -236,7 +237,7 @@ def _patch() -> None:
     ) -> Any:
         rois = boxes if isinstance(boxes, Tensor) else to_rois(boxes)
         height, width = (output_size, output_size) if isinstance(output_size, int) else output_size
-        return align._roi_align(x, rois, spatial_scale, height, width, sampling_ratio, aligned)
+        return align(x, rois, spatial_scale, height, width, sampling_ratio, aligned)
 
     poolers.roi_align = roi_align
     heads.roi_align = roi_align
