@@ -6,7 +6,7 @@ nothing passes. Layers with numbers of their own (`Weights`, `Norm`) are objects
 be called several times.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -30,6 +30,7 @@ __all__ = [
     "Node",
     "Norm",
     "Normalize",
+    "OneByOne",
     "Operation",
     "Other",
     "Pad",
@@ -350,6 +351,28 @@ class Border:
     value: np.ndarray
     axis: int
     padding: tuple[tuple[int, int, int], ...]
+
+
+class OneByOne(Mapping[Weights, tuple[Array, Array | None]]):
+    """New weights of layers, computed when they are asked for: those of a whole network at once would fill the memory.
+
+    Args:
+        layers: which layers.
+        compute: returns the new weight and bias of one.
+    """
+
+    def __init__(self, layers: Iterable[Weights], compute: Callable[[Weights], tuple[Array, Array | None]]) -> None:
+        self.layers = dict.fromkeys(layers)
+        self.compute = compute
+
+    def __getitem__(self, layer: Weights) -> tuple[Array, Array | None]:
+        return self.compute(layer)
+
+    def __iter__(self) -> Iterator[Weights]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
 
 
 @dataclass(slots=True)

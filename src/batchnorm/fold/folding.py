@@ -1,6 +1,5 @@
 """See the network, plan, rewrite, prove."""
 
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import inf
 from typing import Any
@@ -13,7 +12,7 @@ from batchnorm.fold.absorption import absorbed, loss
 from batchnorm.fold.plan import GONE, PLAIN, Fate, Plan, plan_folding
 from batchnorm.fold.proof import Error, prove
 from batchnorm.fold.result import Folded, FoldResult, Kept
-from batchnorm.graph import Changes, Graph, Model, Norm, Weights
+from batchnorm.graph import Changes, Graph, Model, Norm, OneByOne, Weights
 from batchnorm.models import adapt
 
 __all__ = ["fold"]
@@ -70,7 +69,7 @@ def fold(model: Any, example: Any | None = None, *, inplace: bool = False) -> Fo
         closed |= dict.fromkeys(_culprits(before, graph, list(plan.norms), inputs), f"the model needs it: {reason}")
         plan, changes = _decide(graph, closed)
         after = before.changed(changes)
-    exact = replace(changes, weights=_Exact(plan))
+    exact = replace(changes, weights=OneByOne(changes.weights, lambda weights: _exact(weights, plan)))
     if changes.norms:
         error = prove(before, after, lambda wide: wide.change(exact), example, graph.weights(), _cancellation(plan))
     else:
@@ -140,25 +139,13 @@ def _changes(norm: Norm, fate: Fate) -> bool:
     return fate.state in (GONE, PLAIN)
 
 
-class _Exact(Mapping[Weights, tuple[Array, Array | None]]):
-    """The new weights in float64, one layer at a time: a whole network of them would fill the memory."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.absorbers = dict.fromkeys(plan.absorbers())
-
-    def __getitem__(self, weights: Weights) -> tuple[Array, Array | None]:
-        weight, bias = weights.read()
-        before, after = self.plan.before.get(weights), self.plan.after.get(weights)
-        wide, wide_bias = absorbed(weight, bias, weights.layout, before, after)
-        shifted = bias is not None or any(a is not None and a.shift.any() for a in (before, after))
-        return wide, wide_bias if shifted else None
-
-    def __iter__(self) -> Iterator[Weights]:
-        return iter(self.absorbers)
-
-    def __len__(self) -> int:
-        return len(self.absorbers)
+def _exact(weights: Weights, plan: Plan) -> tuple[Array, Array | None]:
+    """Return the new weights of a layer in float64."""
+    weight, bias = weights.read()
+    before, after = plan.before.get(weights), plan.after.get(weights)
+    wide, wide_bias = absorbed(weight, bias, weights.layout, before, after)
+    shifted = bias is not None or any(a is not None and a.shift.any() for a in (before, after))
+    return wide, wide_bias if shifted else None
 
 
 def _replacement(fate: Fate) -> Any:
@@ -169,7 +156,7 @@ def _replacement(fate: Fate) -> Any:
 
 def _rewritten(weights: Weights, plan: Plan) -> tuple[Array, Array | None] | str:
     """Return the new weights of a layer, or why its dtype can't hold them."""
-    wide, wide_bias = _Exact(plan)[weights]
+    wide, wide_bias = _exact(weights, plan)
     weight, bias = weights.read()
     xp = namespace(wide)
     bias_dtype = (weight if bias is None else bias).dtype

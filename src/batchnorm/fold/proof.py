@@ -1,6 +1,6 @@
 """The proof of a rewrite: the model before and after it, on the same inputs, in float64 and in the model's own dtype."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from batchnorm.arrays import Array, namespace, widen
 from batchnorm.errors import BatchNormError, VerificationError
-from batchnorm.graph import Changes, Model, Weights
+from batchnorm.graph import Changes, Model, OneByOne, Weights
 
 __all__ = ["Error", "Measured", "prove"]
 
@@ -177,33 +177,26 @@ def _disturbed(model: Model, m: Measured, inputs: Any, weights: Collection[Weigh
     twin = model if m.precision == model.precision else model.cast(m.precision)
     assert twin is not None  # noqa: S101
     expected = twin.outputs(inputs)
-    nudged = [Changes(weights=_Nudged(weights, m.precision, seed)) for seed in range(DISTURBANCES)]
+    nudged = [_nudged(weights, m.precision, seed) for seed in range(DISTURBANCES)]
     jumps = [_difference(expected, twin.changed(changes).outputs(inputs))[1] for changes in nudged]
     return replace(m, bound=max(m.bound, CONDITION * max(jumps)))
 
 
-class _Nudged(Mapping[Weights, tuple[Array, Array | None]]):
-    """Weights in some precision, each with a random change in the last place; one layer at a time."""
+def _nudged(weights: Collection[Weights], precision: str, seed: int) -> Changes:
+    """Change free weights in the last place of a precision, at random."""
+    places = {each: place for place, each in enumerate(each for each in weights if not each.locked)}
 
-    def __init__(self, weights: Collection[Weights], precision: str, seed: int) -> None:
-        self.weights = [each for each in weights if not each.locked]
-        self.precision, self.seed = precision, seed
-
-    def __getitem__(self, weights: Weights) -> tuple[Array, Array | None]:
-        weight, bias = weights.read()
+    def nudge(each: Weights) -> tuple[Array, Array | None]:
+        weight, bias = each.read()
         wide = widen(weight)
-        xp, rng = namespace(wide), np.random.default_rng([self.seed, self.weights.index(weights)])
+        xp, rng = namespace(wide), np.random.default_rng([seed, places[each]])
         signs = xp.asarray(rng.integers(-1, 2, tuple(wide.shape)), dtype=wide.dtype, device=wide.device)
-        nudged = wide * (1 + signs * _eps(self.precision))
-        if self.precision != "float64":
+        nudged = wide * (1 + signs * _eps(precision))
+        if precision != "float64":
             return xp.astype(nudged, weight.dtype), bias
         return nudged, None if bias is None else widen(bias)
 
-    def __iter__(self) -> Iterator[Weights]:
-        return iter(self.weights)
-
-    def __len__(self) -> int:
-        return len(self.weights)
+    return Changes(weights=OneByOne(places, nudge))
 
 
 def _own(
