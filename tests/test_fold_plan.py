@@ -12,7 +12,6 @@ from batchnorm.fold.plan import GONE, PLAIN, UNTOUCHED, plan_folding
 from batchnorm.graph import (
     Activation,
     Add,
-    Border,
     Concat,
     Graph,
     Identity,
@@ -28,6 +27,7 @@ from batchnorm.graph import (
     Value,
     Weights,
 )
+from batchnorm.protocol import Border
 
 # --- a network that runs ------------------------------------------------------------------------------------------
 

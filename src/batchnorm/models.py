@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from batchnorm.errors import OptionError
-from batchnorm.graph import Model
+from batchnorm.protocol import Model
 from batchnorm.rooms import require
 
 __all__ = ["adapt", "check_ending", "load", "save"]

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from batchnorm.graph import Layer
 from batchnorm.models import adapt
+from batchnorm.protocol import Layer
 from batchnorm.tables import table
 
 __all__ = ["Summary", "summary"]

@@ -12,8 +12,9 @@ from batchnorm.fold import motion
 from batchnorm.fold.moving import Absorption, BlockedError, Mover
 from batchnorm.fold.proof import Error, prove
 from batchnorm.fold.result import Kept
-from batchnorm.graph import Changes, Graph, Linear, Node, Norm, Normalize, Value, Weights
+from batchnorm.graph import Graph, Linear, Node, Norm, Normalize, Value, Weights
 from batchnorm.models import adapt
+from batchnorm.protocol import Changes
 from batchnorm.tables import table
 
 __all__ = ["StripResult", "Stripped", "strip_bias"]

@@ -12,8 +12,9 @@ from batchnorm.fold.absorption import absorbed, loss
 from batchnorm.fold.plan import GONE, PLAIN, Fate, Plan, plan_folding
 from batchnorm.fold.proof import Error, prove
 from batchnorm.fold.result import Folded, FoldResult, Kept
-from batchnorm.graph import Changes, Graph, Model, Norm, OneByOne, Weights
+from batchnorm.graph import Graph, Norm, Weights
 from batchnorm.models import adapt
+from batchnorm.protocol import Changes, Model, OneByOne
 
 __all__ = ["fold"]
 

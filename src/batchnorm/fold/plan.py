@@ -15,7 +15,8 @@ from batchnorm.affine import Affine
 from batchnorm.arrays import namespace
 from batchnorm.fold import motion
 from batchnorm.fold.moving import Absorption, BlockedError, Mover
-from batchnorm.graph import Border, Graph, Linear, Node, Norm, Normalize, Value, Weights
+from batchnorm.graph import Graph, Linear, Node, Norm, Normalize, Value, Weights
+from batchnorm.protocol import Border
 
 __all__ = ["Fate", "Plan", "plan_folding", "why_not_fixed"]
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from batchnorm.arrays import Array, namespace, widen
 from batchnorm.errors import BatchNormError, VerificationError
-from batchnorm.graph import Changes, Model, OneByOne, Weights
+from batchnorm.graph import Weights
+from batchnorm.protocol import Changes, Model, OneByOne
 
 __all__ = ["Error", "Measured", "prove"]
 

@@ -13,8 +13,9 @@ from batchnorm.fold.moving import BlockedError
 from batchnorm.fold.plan import why_not_fixed
 from batchnorm.fold.proof import Error, prove
 from batchnorm.fold.result import Kept
-from batchnorm.graph import Changes, Graph, Model, Norm, Weights
+from batchnorm.graph import Graph, Norm, Weights
 from batchnorm.models import adapt
+from batchnorm.protocol import Changes, Model
 from batchnorm.tables import table
 
 __all__ = ["PruneResult", "Pruned", "prune"]

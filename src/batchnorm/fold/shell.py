@@ -9,8 +9,8 @@ from batchnorm.errors import OptionError
 from batchnorm.fold.bias import strip_bias
 from batchnorm.fold.folding import fold
 from batchnorm.fold.pruning import prune
-from batchnorm.graph import Model
 from batchnorm.models import adapt, check_ending, load, save
+from batchnorm.protocol import Model
 
 __all__ = ["run"]
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from batchnorm.affine import Affine
 from batchnorm.errors import OptionError
-from batchnorm.graph import Changes, Graph, Layer, Norm, Weights, random_arrays
+from batchnorm.graph import Graph, Norm, Weights
 from batchnorm.keras import examples
 from batchnorm.keras.internals import (
     as_array,
@@ -23,6 +23,7 @@ from batchnorm.keras.internals import (
 )
 from batchnorm.keras.picture import Key, Path, Picture, draw
 from batchnorm.keras.rebuilding import Edits, rebuilt
+from batchnorm.protocol import Changes, Layer, random_arrays
 
 __all__ = ["KerasModel"]
 

@@ -8,7 +8,7 @@ import onnx
 from onnx import TensorProto
 
 from batchnorm.errors import DataError, OptionError
-from batchnorm.graph import Changes, Graph, Layer, random_arrays
+from batchnorm.graph import Graph
 from batchnorm.onnx.files import LIMIT, weight_bytes
 from batchnorm.onnx.picture import draw, is_norm
 from batchnorm.onnx.rewriting import rewrite
@@ -17,6 +17,7 @@ from batchnorm.onnx.scopes import Index, Scope
 from batchnorm.onnx.shapes import Shapes, feeds, random_feeds, skeleton
 from batchnorm.onnx.tensors import FLOATS, check_tensor, tensors
 from batchnorm.onnx.widening import widened
+from batchnorm.protocol import Changes, Layer, random_arrays
 
 __all__ = ["OnnxModel"]
 

@@ -9,12 +9,13 @@ import onnx
 from onnx import TensorProto
 
 from batchnorm.affine import Affine
-from batchnorm.graph import Changes, Norm, Weights
+from batchnorm.graph import Norm, Weights
 from batchnorm.onnx.frozen import COMPUTES
 from batchnorm.onnx.linear import LinearKey
 from batchnorm.onnx.picture import NormKey
 from batchnorm.onnx.scopes import Index, Scope
 from batchnorm.onnx.tensors import rounded, tensor
+from batchnorm.protocol import Changes
 
 __all__ = ["rewrite"]
 

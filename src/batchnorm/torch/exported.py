@@ -10,7 +10,8 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_map
 
 from batchnorm.errors import OptionError
-from batchnorm.graph import Changes, Graph, Layer
+from batchnorm.graph import Graph
+from batchnorm.protocol import Changes, Layer
 from batchnorm.torch.evaluation import Inputs
 from batchnorm.torch.model import TorchModel
 

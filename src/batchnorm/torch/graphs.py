@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten
 
 from batchnorm.affine import Affine
 from batchnorm.errors import OptionError
-from batchnorm.graph import Border
+from batchnorm.protocol import Border
 
 __all__ = [
     "add_bias",

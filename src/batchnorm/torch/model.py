@@ -9,7 +9,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from batchnorm.errors import OptionError
-from batchnorm.graph import Changes, Graph, Layer
+from batchnorm.graph import Graph
+from batchnorm.protocol import Changes, Layer
 from batchnorm.torch.evaluation import Inputs, call, copied, tensors_of, untraced
 from batchnorm.torch.events import Recording
 from batchnorm.torch.graphs import own_buffers, structural_copy

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.affine import Affine
-from batchnorm.graph import Border, Changes, Norm
+from batchnorm.graph import Norm
+from batchnorm.protocol import Border, Changes
 from batchnorm.torch.graphs import add_bias, replace_norm
 from batchnorm.torch.keys import Site
 from batchnorm.torch.layers import BatchNorm
