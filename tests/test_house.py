@@ -24,6 +24,7 @@ NAMES = {
         "fold",
         "functional",
         "prune",
+        "recalibrate",
         "strip_bias",
         "summary",
     ],

@@ -20,9 +20,21 @@ if TYPE_CHECKING:
     from batchnorm.fold import strip_bias as strip_bias
     from batchnorm.lab import compare as compare
     from batchnorm.moments import Moments as Moments
+    from batchnorm.recalibrate import recalibrate as recalibrate
     from batchnorm.summary import summary as summary
 
-__all__ = ["Affine", "BatchNormError", "Moments", "compare", "fold", "functional", "prune", "strip_bias", "summary"]
+__all__ = [
+    "Affine",
+    "BatchNormError",
+    "Moments",
+    "compare",
+    "fold",
+    "functional",
+    "prune",
+    "recalibrate",
+    "strip_bias",
+    "summary",
+]
 
 open_lazily(
     __name__,
@@ -34,6 +46,7 @@ open_lazily(
         "fold": ("batchnorm.fold", ""),
         "functional": ("batchnorm.functional", ""),
         "prune": ("batchnorm.fold", ""),
+        "recalibrate": ("batchnorm.recalibrate", ""),
         "strip_bias": ("batchnorm.fold", ""),
         "summary": ("batchnorm.summary", ""),
     },

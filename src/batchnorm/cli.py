@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_compare(verbs)
     _add_summary(verbs)
     _add_rewrites(verbs)
+    _add_recalibrate(verbs)
     _add_bench(verbs)
     return parser
 
@@ -163,6 +164,41 @@ def _rewrite(given: argparse.Namespace) -> None:
     shell = import_module("batchnorm.fold.shell")
     options = {"threshold": given.threshold} if given.verb == "prune" else {}
     _say(shell.run(given.verb, given.model, given.out, weights=given.weights, inputs=given.input or [], **options))
+
+
+def _add_recalibrate(verbs: Any) -> None:
+    verb = _verb(verbs, "recalibrate", _recalibrate, "replace running statistics by those of a whole data set, exactly")
+    add = verb.add_argument
+    add("model", help="a .onnx, .keras or .pt2 file, or package.module:factory")
+    add(
+        "--data",
+        required=True,
+        metavar="DATA",
+        help="a .npy or .npz of inputs, package.module:factory of batches, or what compare takes",
+    )
+    add("-o", "--out", type=Path, required=True, metavar="OUT", help="what to write, in the format of its ending")
+    add("--weights", type=Path, metavar="FILE", help="a .safetensors or .pt file of tensors, for a factory")
+    add("--method", choices=("one-pass", "sequential"), default="one-pass", help="sequential: exact in evaluation")
+    add("--batch-size", type=int, default=64, metavar="N", help="samples of a batch of arrays (64)")
+    add("--batches", type=int, metavar="N", help="read at most so many batches")
+    add("--samples", type=int, metavar="N", help="stop after so many samples")
+    add("--prior", type=float, metavar="N", help="the stored statistics count as N samples (0)")
+    add("--tolerance", type=float, metavar="T", help="stop when the statistics have settled to this")
+    add("--target", metavar="COLUMN", help="the column of labels to leave out, for tables")
+    add("--drop", type=_words, default=(), metavar="A,B", help="columns to leave out, for tables")
+    add("--image-size", type=_size, metavar="WxH", help="scale the images of a folder")
+
+
+def _recalibrate(given: argparse.Namespace) -> None:
+    shell = import_module("batchnorm.recalibrate.shell")
+    data = shell.read(given.data)
+    if data is None:
+        lab = require("batchnorm.lab", "lab")
+        data = lab.load_data(given.data, target=given.target, drop=given.drop, image_size=given.image_size).x
+    names = ("weights", "batch_size", "method", "batches", "samples", "prior", "tolerance")
+    said = shell.run(given.model, data, given.out, **{name: getattr(given, name) for name in names})
+    if said:
+        _say(said)
 
 
 def _add_bench(verbs: Any) -> None:

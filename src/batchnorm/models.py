@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import AbstractContextManager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +12,7 @@ from batchnorm.errors import OptionError
 from batchnorm.protocol import Model
 from batchnorm.rooms import require
 
-__all__ = ["adapt", "check_ending", "load", "save"]
+__all__ = ["adapt", "check_ending", "gather", "joined", "load", "save"]
 
 # framework, class that its models have, the view of them; a Keras model on torch is a torch module too, and comes first
 _WINGS = (
@@ -90,6 +91,26 @@ def adapt(model: Any) -> Model:
         "a model must be a torch.nn.Module, a torch.export.ExportedProgram, a keras.Model, an onnx.ModelProto or a file, "
         f"got {type(model).__module__}.{type(model).__name__}"
     )
+
+
+def gather(part: Any) -> list[Any]:
+    """Return the parts of all processes of a distributed job, in the order of their ranks; alone, ``[part]``.
+
+    Raises:
+        WorkerError: another process is missing.
+    """
+    if "torch.distributed" not in sys.modules:
+        return [part]
+    return list(import_module("batchnorm.torch.ranks").gather(part))
+
+
+def joined() -> AbstractContextManager[tuple[int, int]]:
+    """Join the job that the environment describes, as ``torchrun`` sets it; gives rank and number of processes.
+
+    Raises:
+        MissingDependencyError: torch is not installed.
+    """
+    return require("batchnorm.torch.ranks", "torch").joined()  # type: ignore[no-any-return]
 
 
 def load(spec: str, weights: Path | None = None) -> Any:

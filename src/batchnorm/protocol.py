@@ -1,16 +1,32 @@
 """What a wing tells about its models, and what it does to them: the one protocol that every verb is written against."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from batchnorm.affine import Affine
 from batchnorm.arrays import Array
 from batchnorm.graph import Graph, Norm, Weights
+from batchnorm.moments import Moments
 
-__all__ = ["Border", "Changes", "Layer", "Model", "OneByOne", "random_arrays"]
+__all__ = [
+    "Border",
+    "Changes",
+    "Layer",
+    "Measure",
+    "Measured",
+    "Model",
+    "OneByOne",
+    "Pair",
+    "Statistics",
+    "random_arrays",
+]
+
+Pair = tuple[np.ndarray, np.ndarray]
+"""A mean and a variance in float64, as a layer stores them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +98,7 @@ class Changes:
         biasless: linear layers that lose their bias.
         groups: new numbers of groups of convolutions that lose channels.
         means: new running means of batch normalization layers.
+        variances: new running variances of batch normalization layers (ONNX).
         gammas: new scales of batch normalization layers.
         channels: the channels that batch normalization layers keep, as indices.
     """
@@ -92,6 +109,7 @@ class Changes:
     biasless: set[Weights] = field(default_factory=set)
     groups: dict[Weights, int] = field(default_factory=dict)
     means: dict[Norm, np.ndarray] = field(default_factory=dict)
+    variances: dict[Norm, np.ndarray] = field(default_factory=dict)
     gammas: dict[Norm, np.ndarray] = field(default_factory=dict)
     channels: dict[Norm, np.ndarray] = field(default_factory=dict)
 
@@ -108,6 +126,45 @@ def random_arrays(shapes: list[tuple[str, tuple[int, ...]]]) -> Any | None:
     if not arrays:
         return None
     return dict(arrays) if all(name for name, _ in arrays) else tuple(array for _, array in arrays)
+
+
+@dataclass(eq=False, slots=True)
+class Statistics:
+    """The running statistics of one batch normalization layer, as they are stored; arrays in float64, ``(C,)``.
+
+    Args:
+        name: dotted name of the layer.
+        mean: the running mean; ``None`` where the layer keeps none.
+        variance: the running variance; ``None`` where the layer keeps none.
+        eps: added to the variance under the root.
+        unbiased: whether the variance is ``m2 / (count - 1)``, as in torch, or ``m2 / count``, as in Keras.
+        fixed: why they may not move; empty where they may.
+        key: what the wing knows them by.
+    """
+
+    name: str
+    mean: np.ndarray | None
+    variance: np.ndarray | None
+    eps: float
+    unbiased: bool
+    fixed: str = ""
+    key: Any = None
+
+
+class Measured(NamedTuple):
+    """What one batch has shown.
+
+    Args:
+        samples: how many there were.
+        moments: of the inputs of each layer that was called, all its calls together; NumPy arrays in float64.
+    """
+
+    samples: int
+    moments: dict[Statistics, Moments]
+
+
+Measure = Callable[[Any, Mapping[Statistics, Pair] | None], Measured]
+"""Runs a batch in evaluation; layers normalize by the given statistics, or where none are given by those of the batch."""
 
 
 class Model(Protocol):
@@ -153,4 +210,33 @@ class Model(Protocol):
     @property
     def model(self) -> Any:
         """The model, of its framework's type."""
+        ...
+
+    def statistics(self) -> list[Statistics]:
+        """List the running statistics of all batch normalization layers, each once."""
+        ...
+
+    def batches(self, data: Any) -> Any:
+        """Return what yields batches, where ``data`` is a data set of the framework that yields something else."""
+        ...
+
+    def measuring(
+        self, statistics: list[Statistics], forward: Any | None, device: Any
+    ) -> AbstractContextManager[Measure]:
+        """Run the model in evaluation and measure the inputs of layers; on exit everything is as it was.
+
+        Args:
+            statistics: of the layers to measure; the others stay as they are.
+            forward: runs the model on a batch, ``forward(model, batch)``; ``None`` for the framework's usual call.
+            device: where batches are moved to; ``None`` for where the model is.
+        """
+        ...
+
+    def write(self, statistics: Mapping[Statistics, Pair], batches: int) -> None:
+        """Store new statistics in the model itself, all or none.
+
+        Args:
+            statistics: the new mean and variance of layers.
+            batches: how many they were measured on.
+        """
         ...

@@ -1,5 +1,7 @@
 """A Keras model, seen through the `Model` protocol."""
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
@@ -21,9 +23,10 @@ from batchnorm.keras.internals import (
     told,
     untraced,
 )
+from batchnorm.keras.measuring import batches_of, measuring, stored, write
 from batchnorm.keras.picture import Key, Path, Picture, draw
 from batchnorm.keras.rebuilding import Edits, rebuilt
-from batchnorm.protocol import Changes, Layer, random_arrays
+from batchnorm.protocol import Changes, Layer, Measure, Pair, Statistics, random_arrays
 
 __all__ = ["KerasModel"]
 
@@ -163,6 +166,24 @@ class KerasModel:
         if not self._is_copy:
             raise OptionError("a Keras model can't be changed in place: leave inplace out and use result.model")
         self.model = self.changed(changes).model
+
+    def statistics(self) -> list[Statistics]:
+        """List the moving statistics of all layers."""
+        return stored(self.model)
+
+    def batches(self, data: Any) -> Any:
+        """Return what yields the batches of a ``PyDataset``; anything else as it is."""
+        return batches_of(data)
+
+    def measuring(
+        self, statistics: list[Statistics], forward: Any | None, device: Any
+    ) -> AbstractContextManager[Measure]:
+        """Run the model in evaluation and measure the inputs of layers."""
+        return measuring(self.model, statistics, forward, device)
+
+    def write(self, statistics: Mapping[Statistics, Pair], batches: int) -> None:
+        """Assign new moving statistics in the model itself, all or none."""
+        write(statistics)
 
     def cast(self, precision: str) -> "KerasModel | None":
         """Return a copy that computes in ``precision`` throughout; ``None`` where a layer does not."""

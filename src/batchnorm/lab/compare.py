@@ -16,7 +16,7 @@ from batchnorm.lab.arms import Arm, resolve
 from batchnorm.lab.data import load_data
 from batchnorm.lab.outputs import facts_of, rows_as_csv, write
 from batchnorm.lab.plan import Plan, at_least, rates_of, source_options
-from batchnorm.lab.progress import Progress
+from batchnorm.lab.progress import Runs
 from batchnorm.lab.report import write_report
 from batchnorm.lab.results import Best, Comparison
 from batchnorm.lab.store import Store
@@ -110,10 +110,10 @@ def compare(
         started = time.perf_counter()
         missing = store.missing(plan.tasks)
         finished = grid.run(missing, plan.recipe, plan.data, jobs=workers, parallel=parallel, cluster=cluster)
-        with Progress(len(plan.tasks), len(plan.tasks) - len(missing), shown=progress) as bar:
+        with Runs(len(plan.tasks), len(plan.tasks) - len(missing), shown=progress) as bar:
             for task, row in finished:
                 store.add(task, row)
-                bar.advance(task, row)
+                bar.finish(task, row)
         seconds = time.perf_counter() - started
         rows = store.rows(plan.tasks)
     found = _conclude(plan, rows, folder, seconds, len(missing))

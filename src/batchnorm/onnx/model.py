@@ -1,6 +1,8 @@
 """An ONNX model, seen through the `Model` protocol."""
 
 import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -10,14 +12,15 @@ from onnx import TensorProto
 from batchnorm.errors import DataError, OptionError
 from batchnorm.graph import Graph
 from batchnorm.onnx.files import LIMIT, weight_bytes
+from batchnorm.onnx.measuring import measuring, stored
 from batchnorm.onnx.picture import draw, is_norm
 from batchnorm.onnx.rewriting import rewrite
 from batchnorm.onnx.running import Runner
 from batchnorm.onnx.scopes import Index, Scope
 from batchnorm.onnx.shapes import Shapes, feeds, random_feeds, skeleton
-from batchnorm.onnx.tensors import FLOATS, check_tensor, tensors
+from batchnorm.onnx.tensors import FLOATS, check_tensor, rounded, tensors
 from batchnorm.onnx.widening import widened
-from batchnorm.protocol import Changes, Layer, random_arrays
+from batchnorm.protocol import Changes, Layer, Measure, Pair, Statistics, random_arrays
 
 __all__ = ["OnnxModel"]
 
@@ -157,6 +160,49 @@ class OnnxModel:
             self._runner = Runner(self._model, evaluated=self._wide)
         self._known.append((inputs, self._runner(inputs)))
         return self._known[-1][1]
+
+    def statistics(self) -> list[Statistics]:
+        """List the running statistics of all batch normalization."""
+        _check(self._model)
+        return stored(self._model)
+
+    def batches(self, data: Any) -> Any:
+        """Return ``data``: whatever can be iterated over."""
+        return data
+
+    def measuring(
+        self, statistics: list[Statistics], forward: Any | None, device: Any
+    ) -> AbstractContextManager[Measure]:
+        """Run a copy of the model and measure the inputs of layers.
+
+        Raises:
+            OptionError: a ``forward`` or a ``device``, which onnxruntime has no use for.
+        """
+        if forward is not None or device is not None:
+            raise OptionError(
+                "an ONNX model is run by onnxruntime: leave forward and device out, and prepare the batches"
+            )
+        return measuring(self._model, statistics)
+
+    def write(self, statistics: Mapping[Statistics, Pair], batches: int) -> None:
+        """Put new statistics into the initializers, all or none.
+
+        Raises:
+            OptionError: a dtype that can't hold them.
+        """
+        for one, pair in statistics.items():
+            kinds = self._statistics_kinds(one)
+            if not all(np.isfinite(rounded(v, kind)).all() for v, kind in zip(pair, kinds, strict=True)):
+                names = " and ".join(dict.fromkeys(FLOATS[kind] for kind in kinds))
+                raise OptionError(f"layer {one.name!r} stores its statistics in {names}, which can't hold the new ones")
+        means = {one.key: pair[0] for one, pair in statistics.items()}
+        variances = {one.key: pair[1] for one, pair in statistics.items()}
+        self.change(Changes(means=means, variances=variances))
+
+    def _statistics_kinds(self, one: Statistics) -> list[int]:
+        index = Index(self._model)
+        scope, node = index.find(one.key.key.site)
+        return [c.elem_type for name in node.input[3:5] if (c := index.constant(scope, name)) is not None]
 
     def cast(self, precision: str) -> "OnnxModel | None":
         """Return a copy that computes in float64; ``None`` for other dtypes, or where an operator can't."""

@@ -35,7 +35,7 @@ def rewrite(model: Any, changes: Changes, precision: Callable[[Scope, str], int]
         writer.drop_bias(layer)
     for layer, groups in changes.groups.items():
         writer.set_groups(layer, groups)
-    for norm in {**changes.means, **changes.gammas, **changes.channels}:
+    for norm in {**changes.means, **changes.variances, **changes.gammas, **changes.channels}:
         writer.set_norm(norm, changes)
     for norm, what in changes.norms.items():
         assert what is None or isinstance(what, Affine)  # noqa: S101
@@ -144,7 +144,7 @@ class _Writer:
     def set_norm(self, norm: Norm, changes: Changes) -> None:
         """Write new numbers of a norm, and leave out channels."""
         scope, node = self.index.find(norm.key.site)
-        new = {1: changes.gammas.get(norm), 3: changes.means.get(norm)}
+        new = {1: changes.gammas.get(norm), 3: changes.means.get(norm), 4: changes.variances.get(norm)}
         for place in (1, 2, 3, 4):
             held = self.index.constant(scope, node.input[place])
             assert held is not None  # noqa: S101

@@ -1,6 +1,8 @@
 """A ``torch.export`` program, seen through the `Model` protocol: as the module it is made of, exported again at the end."""
 
 import inspect
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from batchnorm.errors import OptionError
 from batchnorm.graph import Graph
-from batchnorm.protocol import Changes, Layer
+from batchnorm.protocol import Changes, Layer, Measure, Pair, Statistics
 from batchnorm.torch.evaluation import Inputs
 from batchnorm.torch.model import TorchModel
 
@@ -71,6 +73,24 @@ class ExportedModel:
     def cast(self, precision: str) -> TorchModel | None:
         """Return the module of the program in another dtype."""
         return self._view.cast(precision)
+
+    def statistics(self) -> list[Statistics]:
+        """List the running statistics of the program."""
+        return self._view.statistics()
+
+    def batches(self, data: Any) -> Any:
+        """Return a loader for a ``Dataset``, which yields single samples; anything else as it is."""
+        return self._view.batches(data)
+
+    def measuring(
+        self, statistics: list[Statistics], forward: Any | None, device: Any
+    ) -> AbstractContextManager[Measure]:
+        """Run the program and measure the inputs of its layers."""
+        return self._view.measuring(statistics, forward, device)
+
+    def write(self, statistics: Mapping[Statistics, Pair], batches: int) -> None:
+        """Store new statistics in the program, all or none."""
+        self._view.write(statistics, batches)
 
     @property
     def precision(self) -> str:

@@ -1,5 +1,7 @@
 """A torch module, seen through the `Model` protocol."""
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -10,13 +12,16 @@ from torch.utils._pytree import tree_map
 
 from batchnorm.errors import OptionError
 from batchnorm.graph import Graph
-from batchnorm.protocol import Changes, Layer
+from batchnorm.protocol import Changes, Layer, Measure, Pair, Statistics
+from batchnorm.torch.batches import batches_of
 from batchnorm.torch.evaluation import Inputs, call, copied, tensors_of, untraced
 from batchnorm.torch.events import Recording
 from batchnorm.torch.graphs import own_buffers, structural_copy
+from batchnorm.torch.measuring import measuring
 from batchnorm.torch.picture import draw
 from batchnorm.torch.preparing import Prepared, prepare, replace_module
 from batchnorm.torch.rewriting import rewrite
+from batchnorm.torch.statistics import stored, unwrapped, write
 
 __all__ = ["TorchModel"]
 
@@ -157,6 +162,24 @@ class TorchModel:
         tensors = (*self.model.parameters(), *self.model.buffers())
         dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
         return str(dtype).removeprefix("torch.")
+
+    def statistics(self) -> list[Statistics]:
+        """List the running statistics of all layers, those inside of wrappers too."""
+        return stored(unwrapped(self.model))
+
+    def batches(self, data: Any) -> Any:
+        """Return a loader for a ``Dataset``, which yields single samples; anything else as it is."""
+        return batches_of(data)
+
+    def measuring(
+        self, statistics: list[Statistics], forward: Any | None, device: Any
+    ) -> AbstractContextManager[Measure]:
+        """Run the module in evaluation and measure the inputs of layers."""
+        return measuring(unwrapped(self.model), statistics, forward, device)
+
+    def write(self, statistics: Mapping[Statistics, Pair], batches: int) -> None:
+        """Copy new statistics into the buffers, all or none."""
+        write(statistics, batches)
 
     def layers(self, example: Any | None) -> list[Layer]:
         """List the leaf modules, and those that hold parameters themselves, in the order of their calls on ``example``."""

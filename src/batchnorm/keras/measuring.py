@@ -1,0 +1,173 @@
+"""Run a Keras model in evaluation, and see what reaches its batch normalization layers."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+
+from batchnorm.errors import BatchNormError, DataError, OptionError
+from batchnorm.keras.internals import as_array, parts, quietly, told, untraced
+from batchnorm.moments import Moments
+from batchnorm.protocol import Measure, Measured, Pair, Statistics
+
+__all__ = ["batches_of", "measuring", "stored", "write"]
+
+# numbers that are looked at together, in float64
+BLOCK = 2**20
+
+
+def stored(model: Any) -> list[Statistics]:
+    """List the moving statistics of every ``BatchNormalization`` layer, each once.
+
+    Raises:
+        OptionError: a layer that is not built.
+    """
+    return [
+        _statistics(layer)
+        for layer in dict.fromkeys(parts(model))
+        if isinstance(layer, keras.layers.BatchNormalization)
+    ]
+
+
+def _statistics(layer: Any) -> Statistics:
+    if not layer.built:
+        raise OptionError(
+            f"layer {layer.name!r} must be built, so that it knows its channels: call the model once first"
+        )
+    mean, variance = (as_array(v.value).astype(np.float64) for v in (layer.moving_mean, layer.moving_variance))
+    fixed = "" if layer.trainable else "it is frozen: set trainable = True first if it shall move"
+    return Statistics(layer.path, mean, variance, float(layer.epsilon), unbiased=False, fixed=fixed, key=layer)
+
+
+def batches_of(data: Any) -> Any:
+    """Return what yields the batches of a ``PyDataset``, which is no iterable; anything else as it is."""
+    return _Indexed(data) if isinstance(data, keras.utils.PyDataset) else data
+
+
+class _Indexed:
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.data[i] for i in range(len(self.data)))
+
+
+def write(statistics: Mapping[Statistics, Pair]) -> None:
+    """Assign new moving statistics, all or none.
+
+    Raises:
+        OptionError: a dtype that can't hold them.
+    """
+    pairs = [
+        (one.name, variable, keras.ops.convert_to_tensor(new, dtype=variable.dtype))
+        for one, pair in statistics.items()
+        for variable, new in zip((one.key.moving_mean, one.key.moving_variance), pair, strict=True)
+    ]
+    for name, variable, new in pairs:
+        if not np.isfinite(as_array(new)).all():
+            raise OptionError(
+                f"layer {name!r} stores its statistics in {variable.dtype}, which can't hold the new ones"
+            )
+    for _, variable, new in pairs:
+        variable.assign(new)
+
+
+@contextmanager
+def measuring(
+    model: Any, statistics: list[Statistics], forward: Callable[..., Any] | None, device: Any
+) -> Iterator[Measure]:
+    """Yield what runs a batch; meanwhile the moving layers of the model are watched.
+
+    Raises:
+        OptionError: a ``device``.
+    """
+    if device is not None:
+        raise OptionError("Keras puts batches where it computes: leave device out, or use keras.device")
+    watch = _Watch()
+
+    def measure(batch: Any, use: Mapping[Statistics, Pair] | None) -> Measured:
+        watch.use, watch.found = use, {}
+        # Keras's own order: inputs, targets, weights
+        x = batch[0] if isinstance(batch, tuple) and forward is None else batch
+        try:
+            if forward is None:
+                model(x, training=False)
+            else:
+                forward(model, x)
+        except BatchNormError:
+            raise
+        except Exception as error:
+            raise DataError(f"the model must take the batches of the data, but it failed: {told(error)}") from error
+        sizes = [array.shape[0] for array in keras.tree.flatten(x) if len(getattr(array, "shape", ())) > 0]
+        return Measured(int(sizes[0]) if sizes else 1, watch.found)
+
+    with ExitStack() as stack:
+        stack.enter_context(untraced())
+        for one in statistics:
+            if not one.fixed:
+                stack.enter_context(watch.layer(one))
+        yield measure
+
+
+class _Watch:
+    """Stands before the calls of layers: measures their inputs, and lets them use other statistics."""
+
+    def __init__(self) -> None:
+        self.use: Mapping[Statistics, Pair] | None = None
+        self.found: dict[Statistics, Moments] = {}
+
+    @contextmanager
+    def layer(self, one: Statistics) -> Iterator[None]:
+        layer = one.key
+        call, kept = layer.call, dict(vars(layer))
+
+        def watched(inputs: Any, training: Any = None, mask: Any = None) -> Any:
+            pair = self._note(one, inputs, mask)
+            variables = (layer.moving_mean, layer.moving_variance)
+            mapping = [
+                (v, keras.ops.convert_to_tensor(new, dtype=v.dtype)) for v, new in zip(variables, pair, strict=True)
+            ]
+            with quietly(), keras.StatelessScope(state_mapping=mapping):
+                return call(inputs, training=False, mask=mask)
+
+        # past Keras, which would track what is set
+        vars(layer)["call"] = watched
+        try:
+            yield
+        finally:
+            vars(layer).pop("call")
+            if "call" in kept:
+                vars(layer)["call"] = kept["call"]
+
+    def _note(self, one: Statistics, inputs: Any, mask: Any) -> Pair:
+        moments = _moments(as_array(inputs), one.key.axis, None if mask is None else as_array(mask))
+        if not np.isfinite(moments.mean + moments.m2).all():
+            raise DataError(
+                f"what reaches layer {one.name!r} must be finite, it holds inf or NaN: look for them in the data, or in the "
+                "weights of the layers before"
+            )
+        self.found[one] = self.found.get(one, Moments.empty()).merge(moments)
+        assert one.mean is not None  # noqa: S101
+        assert one.variance is not None  # noqa: S101
+        before = one.mean, one.variance
+        # a single value has no variance
+        own = (moments.mean, moments.variance) if moments.count > 1 else before
+        return own if self.use is None else self.use.get(one, before)
+
+
+def _moments(x: np.ndarray, axis: int, mask: np.ndarray | None) -> Moments:
+    """Measure the channels on ``axis`` in float64, a few samples at a time."""
+    axes = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
+    weight = None if mask is None else np.expand_dims(mask.astype(np.float64), axis)
+    step = max(1, BLOCK // max(1, x[:1].size))
+    total = Moments(0, np.zeros(x.shape[axis]), np.zeros(x.shape[axis]))
+    for start in range(0, len(x), step):
+        part = slice(start, start + step)
+        block = Moments.of(x[part].astype(np.float64), axes, None if weight is None else weight[part])
+        total = total.merge(Moments(float(np.max(block.count)), block.mean, block.m2))
+    return total
