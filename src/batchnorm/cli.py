@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"batchnorm: {_sentence(error)}", file=sys.stderr)  # noqa: T201
         return USER_ERROR
     except KeyboardInterrupt:
-        print("\nbatchnorm: stopped; what was finished is kept, the same command continues", file=sys.stderr)  # noqa: T201
+        print(f"\nbatchnorm: stopped; {given.stopped}", file=sys.stderr)  # noqa: T201
         return INTERRUPTED
     return 0
 
@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_compare(verbs: Any) -> None:
     verb = _verb(verbs, "compare", _compare, "find out on your data whether, where and how batch normalization helps")
+    verb.set_defaults(stopped="what was finished is kept, the same command continues")
     add = verb.add_argument
     add(
         "data",
@@ -99,7 +100,7 @@ def _add_compare(verbs: Any) -> None:
 
 
 def _compare(given: argparse.Namespace) -> None:
-    options = {key: value for key, value in vars(given).items() if key not in ("run", "arms", "arm")}
+    options = {key: value for key, value in vars(given).items() if key not in ("run", "stopped", "arms", "arm")}
     lab = require("batchnorm.lab", "lab")
     if options["learning_rates"] is None:
         del options["learning_rates"]
@@ -222,7 +223,7 @@ def _bench(given: argparse.Namespace) -> None:
 
 def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], None], what: str) -> argparse.ArgumentParser:
     verb: argparse.ArgumentParser = verbs.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
-    verb.set_defaults(run=run)
+    verb.set_defaults(run=run, stopped="nothing was written")
     return verb
 
 

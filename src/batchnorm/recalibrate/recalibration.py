@@ -18,9 +18,11 @@ from batchnorm.recalibrate.source import Source
 __all__ = ["recalibrate"]
 
 METHODS = ("one-pass", "sequential")
-# what rounding in the layers moves the statistics by
-_ROUNDING = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
-SETTLED = 1e-6
+# moves of that size are none, by the precision of the layers; and those that may still be rounding, which no longer shrink
+SETTLED = {"float16": 2.0**-10, "bfloat16": 2.0**-7}, 1e-6
+NOISE = 1e-4
+# passes beyond one for each layer: a layer that is called twice depends on itself
+EXTRA = 30
 
 
 def recalibrate(
@@ -108,14 +110,28 @@ def recalibrate(
         totals = read(measure, None)
         new = _new(totals, prior)
         passes = 1
+        moves: list[float] = []
         # the first k layers are exact after k passes
-        while method == "sequential" and passes < len(new) + 2:
+        while method == "sequential" and not _is_over(moves, len(new)):
             use, totals = new, read(measure, new)
             new, passes = _new(totals, prior), passes + 1
-            totals.settled = largest_move(use, new) <= max(SETTLED, _ROUNDING.get(view.precision, 0.0))
+            moves.append(largest_move(use, new))
+            totals.settled = _is_settled(moves, view.precision)
             if totals.settled:
                 break
     return _finish(view, statistics, totals, new, passes)
+
+
+def _is_settled(moves: list[float], precision: str) -> bool:
+    """Whether the last move is none, or rounding: small, and no smaller than half of the one before."""
+    narrow, usual = SETTLED
+    noisy = len(moves) > 1 and moves[-2] / 2 < moves[-1] <= NOISE
+    return moves[-1] <= narrow.get(precision, usual) or noisy
+
+
+def _is_over(moves: list[float], layers: int) -> bool:
+    """Whether further passes would not help: the data itself differs from pass to pass."""
+    return len(moves) >= layers + EXTRA or (len(moves) > layers and moves[-1] > 0.9 * moves[-2])
 
 
 def _finish(

@@ -72,8 +72,8 @@ class Recalibration:
         rows += [(one.layer, "", "", f"left: {one.reason}") for one in self.left]
         passes = f"{self.passes} passes over " if self.passes > 1 else ""
         total = (
-            f"{len(rows)} layers: {len(self.moved)} have new statistics of {passes}{self.samples:,} samples in "
-            f"{self.batches:,} batches, {len(self.left)} are as they were"
+            f"{len(self.moved)} of {len(rows)} layers have new statistics, of {passes}{self.samples:,} samples in "
+            f"{self.batches:,} batches"
         )
         return "\n".join([table(("Layer", "Values", "Mean moved by", "Variance"), rows), total])
 

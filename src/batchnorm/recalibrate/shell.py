@@ -111,7 +111,7 @@ class _Batches:
         for number in range(len(self)):
             rows = slice(number * self.size, (number + 1) * self.size)
             batch = {name: _floats(array[rows]) for name, array in self.arrays.items()}
-            yield batch[""] if "" in batch else batch
+            yield batch.get("", batch)
 
 
 def _floats(array: np.ndarray) -> np.ndarray:

@@ -34,7 +34,7 @@ class Source:
                 f"data must be an iterable of batches, as a DataLoader or a list, got a {type(data).__name__}: "
                 "put a single batch into a list"
             )
-        if repeated and iter(self.data) is self.data:
+        if repeated and hasattr(data, "__next__"):
             raise OptionError(
                 "method='sequential' reads the data several times, this iterator can be read only once: give a list, a "
                 "loader, or an object whose __iter__ starts anew"

@@ -132,7 +132,8 @@ class _Watch(TorchFunctionMode):
         own = (moments.mean, moments.variance) if moments.count > 1 else None
         pair = own if self.use is None else self.use.get(one)
         if pair is None:
-            return mean, var
+            # copies, which are not known here: a layer of ours would be measured a second time
+            return mean.clone(), var.clone()
         return torch.as_tensor(pair[0]).to(mean), torch.as_tensor(pair[1]).to(var)
 
     @contextmanager

@@ -165,6 +165,10 @@ class TorchModel:
 
     def statistics(self) -> list[Statistics]:
         """List the running statistics of all layers, those inside of wrappers too."""
+        if isinstance(self.model, torch.jit.ScriptModule):
+            raise OptionError(
+                "a model must be a Python module to be measured, got a ScriptModule: give it before scripting"
+            )
         return stored(unwrapped(self.model))
 
     def batches(self, data: Any) -> Any:

@@ -67,7 +67,7 @@ def _centred(x: Tensor, centre: Tensor, count: int) -> Moments:
 def _blocks(x: Tensor) -> Iterator[tuple[Tensor, bool]]:
     """Cut a tensor into blocks ``(rows, C)`` or ``(N, C, places)``, whichever is how it lies in memory."""
     channels_last = x.movedim(1, -1)
-    in_rows = channels_last.is_contiguous()
+    in_rows = x.ndim == 2 or channels_last.is_contiguous()
     parts = channels_last.reshape(-1, x.shape[1]) if in_rows else x.flatten(2)
     size = max(1, BLOCK // max(1, parts[0].numel())) if x.is_cpu else len(parts)
     size = min(size, SHORT_COLUMN) if in_rows else size
