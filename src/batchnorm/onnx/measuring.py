@@ -19,8 +19,6 @@ from batchnorm.protocol import Measure, Measured, Pair, Statistics
 
 __all__ = ["measuring", "stored"]
 
-LEAST = "least_count"
-_PARTS = ("mean", "variance", "count")
 _STORED = ("stored_mean", "stored_variance")
 
 
@@ -69,27 +67,21 @@ def measuring(model: Any, statistics: list[Statistics]) -> Iterator[Measure]:
     """Yield what runs a batch through a copy of the model that puts out the Moments of each layer's input.
 
     The copy is handed the statistics to normalize by as inputs, and takes those of the batch in their place for layers that
-    see more than ``least_count`` values of a channel.
+    see more than so many values of a channel.
     """
-    moving = [one for one in statistics if not one.fixed]
-    watched, kinds = _watched(model, moving)
-    runner = Runner(watched, evaluated=False)
+    watched = _Watched(model, [one for one in statistics if not one.fixed])
+    runner = Runner(watched.model, evaluated=False)
 
     def measure(batch: Any, use: Mapping[Statistics, Pair] | None) -> Measured:
         try:
             given = feeds(model, _selected(model, batch))
         except OptionError as error:
             raise DataError(str(error).replace("the example", "a batch")) from error
-        arrays = {**given, LEAST: np.array(1.0 if use is None else np.inf, np.float32)}
-        for number, one in enumerate(moving):
-            pair = (one.mean, one.variance) if use is None or one not in use else use[one]
-            dtype = np.float64 if kinds[number] == TensorProto.DOUBLE else np.float32
-            arrays |= {f"{name}_{number}": np.asarray(v, dtype) for name, v in zip(_STORED, pair, strict=True)}
         try:
-            outputs = runner.outputs(arrays)
+            outputs = runner.outputs({**given, **watched.feeds(use)})
         except OptionError as error:
             raise DataError(f"the model must take the batches of the data: {error}") from error
-        found = {one: _moments(one, outputs[3 * n : 3 * n + 3]) for n, one in enumerate(moving)}
+        found = {one: _moments(one, outputs[3 * n : 3 * n + 3]) for n, one in enumerate(watched.moving)}
         return Measured(next((len(v) for v in given.values() if v.ndim), 1), found)
 
     yield measure
@@ -113,89 +105,113 @@ def _moments(one: Statistics, outputs: list[np.ndarray]) -> Moments:
     return Moments(int(count.item()), mean, variance * count.item())
 
 
-def _watched(model: Any, moving: list[Statistics]) -> tuple[Any, list[int]]:
-    """Return a copy that measures, and the dtypes of the statistics that it is handed."""
-    copy = type(model)()
-    copy.CopyFrom(model)
-    index = Index(copy)
-    opset = max(entry.version for entry in copy.opset_import if entry.domain in ("", "ai.onnx"))
-    del copy.graph.output[:]
-    copy.graph.input.append(helper.make_tensor_value_info(LEAST, TensorProto.FLOAT, []))
-    before: dict[str, list[Any]] = {}
-    kinds = []
-    for number, one in enumerate(moving):
-        scope, node = index.find(one.key.key.site)
-        constants = [index.constant(scope, name) for name in node.input[3:5]]
+class _Watched:
+    """A copy of a model that measures.
+
+    Args:
+        model: stays as it is.
+        moving: the statistics of the layers to measure.
+    """
+
+    def __init__(self, model: Any, moving: list[Statistics]) -> None:
+        self.moving = moving
+        self.model = type(model)()
+        self.model.CopyFrom(model)
+        index, graph = Index(self.model), self.model.graph
+        self.prefix = "measured"
+        while any(name.startswith(self.prefix) for name in index.names()):
+            self.prefix += "_"
+        self.least = f"{self.prefix}least"
+        del graph.output[:]
+        graph.input.append(helper.make_tensor_value_info(self.least, TensorProto.FLOAT, []))
+        self.before: dict[str, list[Any]] = {}
+        self.kinds = [self._watch(index, number, one) for number, one in enumerate(moving)]
+        nodes = [made for node in graph.node for made in (*self.before.get(_first(node), ()), node)]
+        del graph.node[:]
+        graph.node.extend(nodes)
+
+    def feeds(self, use: Mapping[Statistics, Pair] | None) -> dict[str, np.ndarray]:
+        """Return the inputs that the copy has beyond those of the model: what to normalize by."""
+        arrays = {self.least: np.array(1.0 if use is None else np.inf, np.float32)}
+        for number, one in enumerate(self.moving):
+            assert one.mean is not None  # noqa: S101
+            assert one.variance is not None  # noqa: S101
+            pair = (one.mean, one.variance) if use is None else use.get(one, (one.mean, one.variance))
+            dtype = np.float64 if self.kinds[number] == TensorProto.DOUBLE else np.float32
+            for what, values in zip(_STORED, pair, strict=True):
+                arrays[f"{self.prefix}{number}_{what}"] = np.asarray(values, dtype)
+        return arrays
+
+    def _watch(self, index: Index, number: int, one: Statistics) -> int:
+        """Measure what one layer reads; return the dtype of the statistics that it is handed."""
         assert one.mean is not None  # noqa: S101
-        own = [c.elem_type for c in constants if c is not None]
+        scope, node = index.find(one.key.key.site)
+        own = [c.elem_type for name in node.input[3:5] if (c := index.constant(scope, name)) is not None]
         wide = TensorProto.DOUBLE if own[0] == TensorProto.DOUBLE else TensorProto.FLOAT
-        before[node.output[0]] = _measurement(number, node.input[0], len(one.mean), own, wide, opset)
-        kinds.append(wide)
-        copy.graph.input.extend(
-            helper.make_tensor_value_info(f"{name}_{number}", wide, [len(one.mean)]) for name in _STORED
+        opset = max(entry.version for entry in self.model.opset_import if entry.domain in ("", "ai.onnx"))
+        nodes = _Nodes(f"{self.prefix}{number}_", opset)
+        count = nodes.measure(str(node.input[0]), len(one.mean))
+        share = nodes.batch_share(count, self.least, wide)
+        for place, (what, kind) in enumerate(zip(("mean", "variance"), own, strict=True)):
+            node.input[3 + place] = nodes.choose(what, share, wide, kind)
+        graph, channels = self.model.graph, [len(one.mean)]
+        graph.input.extend(helper.make_tensor_value_info(nodes.name(what), wide, channels) for what in _STORED)
+        sizes = {"mean": channels, "variance": channels, "count": []}
+        graph.output.extend(
+            helper.make_tensor_value_info(nodes.name(what), TensorProto.DOUBLE, size) for what, size in sizes.items()
         )
-        node.input[3], node.input[4] = f"used_mean_{number}", f"used_variance_{number}"
-        copy.graph.output.extend(
-            helper.make_tensor_value_info(
-                f"{part}_{number}", TensorProto.DOUBLE, [len(one.mean)] if part != "count" else []
-            )
-            for part in _PARTS
-        )
-    nodes = [made for node in copy.graph.node for made in (*before.get(_first(node), ()), node)]
-    del copy.graph.node[:]
-    copy.graph.node.extend(nodes)
-    return copy, kinds
+        self.before[str(node.output[0])] = nodes.made
+        return int(wide)
 
 
 def _first(node: Any) -> str:
     return str(node.output[0]) if node.output else ""
 
 
-def _measurement(number: int, source: str, channels: int, own: list[int], wide: int, opset: int) -> list[Any]:
-    """Return nodes that measure ``source``, centred, in float64, and choose the statistics to normalize it by."""
-    n = f"_{number}"
-    nodes: list[Any] = []
+class _Nodes:
+    """Nodes to be put in front of a layer, with names of their own."""
 
-    def add(kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        nodes.append(
-            helper.make_node(
-                kind, [name if name == source else name + n for name in inputs], [output + n], **attributes
-            )
-        )
+    def __init__(self, prefix: str, opset: int) -> None:
+        self.prefix, self.opset, self.made = prefix, opset, list[Any]()
+
+    def name(self, what: str) -> str:
+        return self.prefix + what
+
+    def add(self, kind: str, *inputs: str, into: str = "", **attributes: Any) -> str:
+        output = self.name(into or f"value{len(self.made)}")
+        self.made.append(helper.make_node(kind, list(inputs), [output], **attributes))
         return output
 
-    def constant(values: Any, name: str, dtype: Any) -> str:
-        value = onnx.numpy_helper.from_array(np.array(values, dtype), "")
-        return add("Constant", [], name, value=value)
+    def constant(self, values: Any, dtype: Any) -> str:
+        return self.add("Constant", value=onnx.numpy_helper.from_array(np.array(values, dtype), ""))
 
-    def mean(x: str, output: str) -> str:
-        if opset < 18:
-            return add("ReduceMean", [x], output, axes=[0, 2], keepdims=1)
-        return add("ReduceMean", [x, "axes"], output, keepdims=1)
+    def measure(self, source: str, channels: int) -> str:
+        """Measure ``source`` in float64, centred; return the name of the number of values."""
+        columns = self.constant([0, channels, -1], np.int64)
+        vector = self.constant([channels], np.int64)
+        x = self.add("Reshape", self.add("Cast", source, to=TensorProto.DOUBLE), columns)
+        mean = self._mean(x)
+        d = self.add("Sub", x, mean)
+        variance = self._mean(self.add("Mul", d, d))
+        self.add("Reshape", mean, vector, into="mean")
+        self.add("Reshape", variance, vector, into="variance")
+        size = self.add("Cast", self.add("Size", source), to=TensorProto.DOUBLE)
+        return self.add("Div", size, self.constant(channels, np.float64), into="count")
 
-    if opset >= 18:
-        constant([0, 2], "axes", np.int64)
-    constant([0, channels, -1], "columns", np.int64)
-    constant([channels], "vector", np.int64)
-    constant(channels, "channels", np.float64)
-    add("Cast", [source], "wide", to=TensorProto.DOUBLE)
-    x = add("Reshape", ["wide", "columns"], "x")
-    m = mean(x, "m")
-    d = add("Sub", [x, m], "d")
-    v = mean(add("Mul", [d, d], "squares"), "v")
-    add("Reshape", [m, "vector"], "mean")
-    add("Reshape", [v, "vector"], "variance")
-    add("Cast", [add("Size", [source], "size")], "numbers", to=TensorProto.DOUBLE)
-    add("Div", ["numbers", "channels"], "count")
-    add("Cast", ["count"], "narrow_count", to=TensorProto.FLOAT)
-    nodes.append(helper.make_node("Greater", [f"narrow_count{n}", LEAST], [f"many{n}"]))
-    add("Cast", ["many"], "batch_share", to=wide)
-    one = constant(1, "one", np.float64 if wide == TensorProto.DOUBLE else np.float32)
-    add("Sub", [one, "batch_share"], "stored_share")
-    for what, kind in (("mean", own[0]), ("variance", own[1])):
-        add("Cast", [what], f"narrow_{what}", to=wide)
-        add("Mul", [f"narrow_{what}", "batch_share"], f"of_batch_{what}")
-        add("Mul", [f"stored_{what}", "stored_share"], f"of_model_{what}")
-        total = add("Add", [f"of_batch_{what}", f"of_model_{what}"], f"total_{what}")
-        add("Cast", [total], f"used_{what}", to=kind)
-    return nodes
+    def _mean(self, x: str) -> str:
+        if self.opset < 18:
+            return self.add("ReduceMean", x, axes=[0, 2], keepdims=1)
+        return self.add("ReduceMean", x, self.constant([0, 2], np.int64), keepdims=1)
+
+    def batch_share(self, count: str, least: str, wide: int) -> tuple[str, str]:
+        """Return 1 and 0 for more values than ``least``, else 0 and 1; without Where, which old versions lack."""
+        many = self.add("Greater", self.add("Cast", count, to=TensorProto.FLOAT), least)
+        batch = self.add("Cast", many, to=wide)
+        one = self.constant(1, np.float64 if wide == TensorProto.DOUBLE else np.float32)
+        return batch, self.add("Sub", one, batch)
+
+    def choose(self, what: str, share: tuple[str, str], wide: int, kind: int) -> str:
+        """Return the statistic of the batch, or the one that is handed in."""
+        narrow = self.add("Cast", self.name(what), to=wide)
+        parts = self.add("Mul", narrow, share[0]), self.add("Mul", self.name(f"stored_{what}"), share[1])
+        return self.add("Cast", self.add("Add", *parts), to=kind)
