@@ -128,7 +128,8 @@ def test_images_and_the_cnn_to_the_end(tmp_path):
         "digits", model="cnn", arms=["before"], learning_rates=[0.1], seeds=1, steps=10, jobs=1, out=tmp_path
     )
     assert found.best.onnx["norms"] == 0
-    assert any("pads with zeros" in line for line in found.best.deployed.kept)  # the standardization of the input
+    assert not found.best.deployed.kept
+    assert any("Standardize" in line for line in found.best.deployed.folded)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -7,9 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm.errors import DataError
-from batchnorm.lab import load_model
+from batchnorm.errors import DataError, VerificationError
+from batchnorm.fold import fold
+from batchnorm.lab import ARMS, load_model
+from batchnorm.lab.data import load_data
 from batchnorm.lab.deploy import deploy, save
+from batchnorm.lab.networks import Standardize, build
 from batchnorm.torch import BatchNorm1d
 
 X = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
@@ -17,8 +21,6 @@ X = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
 
 def test_the_saved_models_agree_with_the_deployed_network(small):
     """Rows as they come, without any preparation, through all three forms."""
-    from batchnorm.lab.data import load_data
-
     x = load_data("digits").x[:100]
     with torch.no_grad():
         expected = small.best.deployed.network(torch.from_numpy(x)).numpy()
@@ -41,28 +43,71 @@ def test_the_proof_is_in_the_result(small):
     assert not any(isinstance(m, nn.BatchNorm1d) for m in deployed.network.modules())
 
 
-class Fork(nn.Module):
-    """Its chain is not the data path: the norm's output goes elsewhere too."""
-
-    def __init__(self):
-        super().__init__()
-        self.chain = nn.Sequential(nn.Linear(6, 6), BatchNorm1d(6))
-
-    def forward(self, x):
-        h = self.chain[0](x)
-        return self.chain[1](h) + h
+def small_network():
+    network = nn.Sequential(nn.Linear(6, 4), BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3))
+    network[1].running_mean.normal_()
+    return network
 
 
-def test_a_fold_that_changes_the_outputs_is_undone():
-    network = Fork()
-    network.chain[1].running_mean.normal_()
-    deployed = deploy(network, X, X)
-    assert "folding was undone: logits differed by" in deployed.kept[0]
-    assert deployed.folded == ()
+def _shifted(model, example):
+    done = fold(model, example)
     with torch.no_grad():
-        ours = deployed.network(torch.from_numpy(X))
-    assert isinstance(deployed.network.chain[1], BatchNorm1d)
-    assert torch.isfinite(ours).all()
+        done.model[0].bias.add_(1e-3)
+    return done
+
+
+def _refused(model, example):
+    raise VerificationError("the outputs differ")
+
+
+def _rebuilt(model, example):
+    done = fold(model, example)
+    return dataclasses.replace(done, model=torch.fx.symbolic_trace(done.model))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [(_shifted, "logits differed by"), (_refused, "the outputs differ"), (_rebuilt, "changed the network's structure")],
+)
+def test_a_fold_that_changes_the_outputs_is_undone(wrong, words, monkeypatch, tmp_path):
+    monkeypatch.setattr("batchnorm.lab.deploy.fold", wrong)
+    deployed = deploy(small_network(), X, X)
+    assert "folding was undone: " in deployed.kept[0]
+    assert words in deployed.kept[0]
+    assert deployed.folded == ()
+    assert isinstance(deployed.network[1], BatchNorm1d)
+    save(deployed, tmp_path / "best", X, {"model": "m"})
+
+
+@pytest.mark.parametrize(
+    ("model", "arm"),
+    [
+        ("mlp", "none"),
+        ("mlp", "group"),
+        ("resmlp", "bias"),
+        ("cnn", "before"),
+        ("cnn", "after"),
+        ("cnn", "input-norm"),
+        ("cnn", "layer"),
+    ],
+)
+def test_what_is_saved_is_loaded_again_to_the_bit(model, arm, tmp_path):
+    x = load_data("digits").x[:200]
+    network = build(model, (1, 8, 8), 10, ARMS[arm], 0, torch.from_numpy(x))
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    deployed = deploy(network, x, x)
+    left = [m for m in deployed.network.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | Standardize)]
+    assert not left, deployed.kept
+    about = {"model": model, "shape": (1, 8, 8), "classes": list("0123456789"), "arm": ARMS[arm].to_dict()}
+    save(deployed, tmp_path / "best", x, about)
+    loaded = load_model(tmp_path / "best" / "model.safetensors")
+    with torch.no_grad():
+        assert torch.equal(loaded(torch.from_numpy(x)), deployed.network(torch.from_numpy(x)))
+    by_row = [line for line in deployed.kept if "those of each row" in line]
+    assert bool(by_row) == (arm in ("group", "layer"))
 
 
 def test_the_trained_network_is_left_as_it_was():

@@ -18,15 +18,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from batchnorm.errors import DataError, VerificationError
+from batchnorm.errors import BatchNormError, DataError, VerificationError
+from batchnorm.fold import FoldResult, fold
 from batchnorm.lab.arms import Arm
-from batchnorm.lab.chains import fold_chains, recalibrate_chains
 from batchnorm.lab.networks import build
+from batchnorm.lab.replaced import as_json, replace
+from batchnorm.models import adapt
+from batchnorm.recalibrate import recalibrate
 from batchnorm.torch.evaluation import evaluating
 
 __all__ = ["Deployed", "deploy", "load_model", "save"]
 
 RECALIBRATION_ROWS = 10_000
+EXAMPLE_ROWS, ROWS_AT_ONCE = 64, 1024
 EXACT_BOUND = 1e-10
 
 
@@ -38,7 +42,7 @@ class Deployed:
         network: in evaluation mode, from raw rows to logits.
         folded: what went where, a sentence each.
         kept: what could not be folded, and why, a sentence each.
-        removed: names of the modules that became ``nn.Identity``.
+        replaced: what stands in the place of folded modules, by name; see `batchnorm.lab.replaced`.
         error: largest absolute difference of the logits between folded and unfolded, in float32.
         exact_error: the same in float64, relative to the largest logit.
         bound: what ``error`` was held against.
@@ -47,7 +51,7 @@ class Deployed:
     network: nn.Module
     folded: tuple[str, ...]
     kept: tuple[str, ...]
-    removed: tuple[str, ...]
+    replaced: dict[str, dict[str, Any]]
     error: float
     exact_error: float
     bound: float
@@ -59,22 +63,43 @@ def deploy(network: nn.Module, x_train: np.ndarray, x_check: np.ndarray) -> Depl
     A folded network whose outputs differ by more than rounding is thrown away, and the unfolded one returned with the reason.
     """
     ready = copy.deepcopy(network).eval()
-    recalibrate_chains(ready, x_train[:RECALIBRATION_ROWS])
-    folded, exact_folded = copy.deepcopy(ready), copy.deepcopy(ready).double()
-    fold_chains(exact_folded)
-    done = fold_chains(folded)
+    if any(not one.fixed for one in adapt(ready).statistics()):
+        rows = torch.from_numpy(x_train[:RECALIBRATION_ROWS])
+        recalibrate(ready, torch.split(rows, ROWS_AT_ONCE), method="sequential", progress=False)
     x = torch.from_numpy(x_check)
     exact = _outputs(copy.deepcopy(ready).double(), x.double())
     narrow = _outputs(ready, x).double()
     size = max(1.0, exact.abs().max().item())
-    exact_error = (_outputs(exact_folded, x.double()) - exact).abs().max().item() / size
     # what rounding does to the unfolded network, with room for another order of the same sums
     bound = 16 * max((narrow - exact).abs().max().item(), torch.finfo(torch.float32).eps * size)
-    error = (_outputs(folded, x).double() - narrow).abs().max().item()
+    try:
+        done = fold(ready, x[:EXAMPLE_ROWS])
+        exact_folded = fold(copy.deepcopy(ready).double(), x[:EXAMPLE_ROWS].double()).model
+    except BatchNormError as failure:
+        return _unfolded(ready, str(failure), bound)
+    replaced = as_json(ready, done.model)
+    if replaced is None:
+        return _unfolded(ready, "it has changed the network's structure, which the file can't hold", bound)
+    exact_error = (_outputs(exact_folded, x.double()) - exact).abs().max().item() / size
+    error = (_outputs(done.model, x).double() - narrow).abs().max().item()
     if exact_error <= EXACT_BOUND and error <= bound:
-        return Deployed(folded, done.folded, done.kept, done.removed, error, exact_error, bound)
-    reason = f"folding was undone: logits differed by {error:.1e} where rounding allows {bound:.1e}"
-    return Deployed(ready, (), (reason,), (), 0.0, 0.0, bound)
+        return Deployed(done.model, *_sentences(ready, done), replaced, error, exact_error, bound)
+    return _unfolded(ready, f"logits differed by {error:.1e} where rounding allows {bound:.1e}", bound)
+
+
+def _unfolded(network: nn.Module, reason: str, bound: float) -> Deployed:
+    return Deployed(network, (), (f"folding was undone: {reason}",), {}, 0.0, 0.0, bound)
+
+
+def _sentences(network: nn.Module, done: FoldResult) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return what was folded and what was kept, with the class of each layer."""
+    modules = dict(network.named_modules())
+    kinds = {name: type(module).__name__ for name, module in modules.items()}
+    folded = [f"{f.layer} ({kinds.get(f.layer, 'norm')}) {f.how} into {', '.join(f.into)}" for f in done.folded]
+    kept = [f"{k.layer} ({kinds.get(k.layer, 'norm')}) became {k.became}: {k.reason}" for k in done.kept]
+    by_row = "its statistics are those of each row, so it is no fixed map"
+    kept += [f"{n} ({kinds[n]}): {by_row}" for n, m in modules.items() if isinstance(m, nn.LayerNorm | nn.GroupNorm)]
+    return tuple(folded), tuple(kept)
 
 
 def save(deployed: Deployed, folder: Path, x: np.ndarray, about: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +120,7 @@ def save(deployed: Deployed, folder: Path, x: np.ndarray, about: dict[str, Any])
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    header = json.dumps(about | {"removed": deployed.removed})
+    header = json.dumps(about | {"replaced": deployed.replaced})
     tensors = {name: tensor.contiguous() for name, tensor in deployed.network.state_dict().items()}
     save_file(tensors, partial / "model.safetensors", {"batchnorm": header})
     onnx = _save_onnx(deployed, partial / "model.onnx", x)
@@ -130,12 +155,7 @@ def load_model(path: str | Path) -> nn.Module:
     network = build(
         about["model"], shape, len(about["classes"]), Arm.from_dict(about["arm"]), 0, torch.zeros(2, *shape)
     )
-    for name in about["removed"]:
-        parent, _, key = name.rpartition(".")
-        setattr(network.get_submodule(parent), key, nn.Identity())
-    for name in tensors.keys() - network.state_dict().keys():
-        parent, _, key = name.rpartition(".")
-        setattr(network.get_submodule(parent), key, nn.Parameter(torch.empty_like(tensors[name])))
+    replace(network, about["replaced"], tensors)
     network.load_state_dict(tensors)
     return network.eval()
 

@@ -60,6 +60,16 @@ class Standardize(nn.Module):
         shape = (-1, *[1] * (x.ndim - 2))
         return cls(measured.mean.float().reshape(shape), torch.where(std == 0, 1.0, std).float().reshape(shape))
 
+    @property
+    def running_mean(self) -> torch.Tensor:
+        """What is subtracted, ``(C,)``: folding takes the layer for a frozen batch normalization."""
+        return self.mean.flatten()
+
+    @property
+    def running_var(self) -> torch.Tensor:
+        """The square of what is divided by, ``(C,)``."""
+        return self.std.flatten().square()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the standardized rows."""
         return torch.div(x - self.mean, self.std)
