@@ -23,6 +23,7 @@ _BENCHES = {
     "compare": "time, scaling and memory of the main job",
     "fold": "folding beside other tools: what goes, what goes wrong, time and latency",
     "effects": "what each option of the layers does to a small network",
+    "recalibrate": "recalibration beside other tools, its cost, and what it gives back",
     "layers": "speed and exactness of the layers beside PyTorch's own",
 }
 
@@ -206,7 +207,9 @@ def _add_bench(verbs: Any) -> None:
     verb = _verb(verbs, "bench", _bench, "measure the figures of README and docs on this machine")
     verb.add_argument("what", choices=list(_BENCHES), help="; ".join(f"{k}: {v}" for k, v in _BENCHES.items()))
     verb.add_argument(
-        "part", nargs="*", help="of fold: torchvision, transformers, timm, adversarial, graphs, speed (all)"
+        "part",
+        nargs="*",
+        help="of fold: torchvision, transformers, timm, adversarial, graphs, speed; of recalibrate: checks, speed, repairs",
     )
     verb.add_argument(
         "--out", type=Path, default=Path("benchmarks"), metavar="DIR", help="raw values as JSON (benchmarks)"
@@ -216,7 +219,7 @@ def _add_bench(verbs: Any) -> None:
 
 def _bench(given: argparse.Namespace) -> None:
     bench = require(f"batchnorm.bench.{given.what}", "lab")
-    if given.part and given.what != "fold":
+    if given.part and given.what not in ("fold", "recalibrate"):
         raise OptionError(f"bench {given.what} has no parts, got {' '.join(given.part)}")
     _say(bench.run(given.out, *given.part, quick=given.quick))
 

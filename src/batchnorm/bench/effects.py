@@ -15,7 +15,7 @@ from batchnorm.lab.data import Split, load_data
 from batchnorm.lab.statistics import SignFlip
 from batchnorm.lab.train import one_thread
 
-__all__ = ["CASES", "Case", "EffectsBench", "run"]
+__all__ = ["CASES", "Case", "EffectsBench", "paired_effect", "run"]
 
 SEEDS, QUICK_SEEDS, QUICK_FACTOR = 10, 2, 20
 NONE = "none measured"
@@ -135,11 +135,11 @@ def _row(case: dict[str, Any]) -> tuple[str, ...]:
         ]
         return case["option"], case["situation"], *counts, "–", "–"
     means = [f"{np.mean([arm['log_loss'] for arm in arms]):.4f}" for arms in zip(*pairs, strict=True)]
-    effects = [_effect(pairs, "log_loss", 1, 4), _effect(pairs, "accuracy", 100, 2)]
+    effects = [paired_effect(pairs, "log_loss", 1, 4), paired_effect(pairs, "accuracy", 100, 2)]
     return case["option"], case["situation"], *means, *effects
 
 
-def _effect(pairs: list[tuple[dict[str, Any], dict[str, Any]]], key: str, scale: float, digits: int) -> str:
+def paired_effect(pairs: list[tuple[dict[str, Any], dict[str, Any]]], key: str, scale: float, digits: int) -> str:
     """Return the mean difference with its interval; what rounds to 0 is 0."""
     test = SignFlip([scale * (b[key] - a[key]) for a, b in pairs])
     low, high = (round(bound, digits) for bound in test.interval())

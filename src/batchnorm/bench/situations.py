@@ -20,7 +20,7 @@ from batchnorm.errors import BatchNormWarning
 from batchnorm.lab.data import Split
 from batchnorm.lab.train import score
 
-__all__ = ["Recipe", "outcome"]
+__all__ = ["BRIGHTEST", "Network", "Recipe", "fit", "made", "outcome"]
 
 BRIGHTEST = 16
 MOST_PADDING = 8
@@ -235,7 +235,7 @@ class Recipe:
 
 def outcome(recipe: Recipe, split: Split, seed: int) -> dict[str, Any]:
     """Train, and return test log-loss and accuracy, or in which way the training ``failed``."""
-    network = _build(recipe, seed)
+    network = made(recipe, seed)
     try:
         recipe.start(network, split, seed, recipe.steps)
         fit(network, recipe, split, seed)
@@ -268,7 +268,7 @@ def fit(network: Network, recipe: Recipe, split: Split, seed: int) -> None:
             optimizer.step()
 
 
-def _build(recipe: Recipe, seed: int) -> Network:
+def made(recipe: Recipe, seed: int) -> Network:
     """Make the network; the weights are the same for equal seeds, whatever the layers are."""
     space, options = (ours, recipe.layer) if recipe.layer is not None else (nn, {})
     layer: Any = partial(getattr(space, "BatchNorm2d" if recipe.network == "cnn" else "BatchNorm1d"), **options)

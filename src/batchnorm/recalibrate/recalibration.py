@@ -81,8 +81,10 @@ def recalibrate(
         (3.0, 7.0)
         >>> print(found)
         Layer  Values  Mean moved by  Variance
+        ──────────────────────────────────────
         0      3       1.13 σ         × 7 to 7
-        1 layers: 1 have new statistics of 3 samples in 2 batches, 0 are as they were
+        ──────────────────────────────────────
+        1 of 1 layers have new statistics, of 3 samples in 2 batches
 
     Reference:
         Ioffe, Szegedy: Batch Normalization, 2015 (arXiv:1502.03167), Algorithm 2, line 10. Chan, Golub, LeVeque 1979.
