@@ -95,10 +95,10 @@ class Stream(IterableDataset[Tensor]):
         yield from images()
 
 
-def images(sizes: Iterable[int] = (7, 1, 32), mean: float = 0.0, seed: int = 0) -> list[Tensor]:
-    """Return batches of noise."""
+def images(sizes: Iterable[int] = (7, 1, 32), mean: float = 2.0, seed: int = 0) -> list[Tensor]:
+    """Return batches of noise with this ratio of mean and deviation, which are far from those that a layer starts with."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(n, 3, 8, 8, generator=generator) + mean for n in sizes]
+    return [3 * (torch.randn(n, 3, 8, 8, generator=generator) + mean) for n in sizes]
 
 
 def _norm(model: nn.Module) -> Any:
