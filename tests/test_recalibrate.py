@@ -135,6 +135,36 @@ def test_sequential_holds_what_evaluation_sees(kind, mean):
     assert_exact(model, inputs_of(model, data, by_batch=False), bound=1e-5)
 
 
+def test_a_single_value_is_normalized_by_what_is_stored():
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2)).eval()
+    model[0].running_mean.copy_(torch.tensor([5.0, -5.0]))
+    seen = seen_by(model)
+    x = torch.randn(8, 2)
+    bn.recalibrate(model, [x[:1], x[1:]], progress=False)
+    torch.testing.assert_close(seen["1"][0].float(), (x[:1] - torch.tensor([5.0, -5.0])) / (1 + 1e-5) ** 0.5)
+
+
+class Batchwise(nn.Module):
+    """It uses the batch in evaluation too, as its author wants it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, x):
+        return F.batch_norm(x, self.norm.running_mean, self.norm.running_var, None, None, True)
+
+
+@pytest.mark.parametrize("method", ["one-pass", "sequential"])
+def test_a_function_that_always_takes_the_batch_goes_on_doing_so(method):
+    model, outputs = Batchwise().eval(), []
+    model.register_forward_hook(lambda module, args, y: outputs.append(y))
+    data = [torch.randn(8, 2) + 3, torch.randn(8, 2) - 3]
+    bn.recalibrate(model, data, method=method, progress=False)
+    assert all(y.mean(0).abs().max() < 1e-5 for y in outputs)
+    np.testing.assert_allclose(model.norm.running_mean, torch.cat(data).mean(0), atol=1e-6)
+
+
 def deep(layers):
     torch.manual_seed(0)
     parts = [(nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for i in range(layers)]

@@ -96,10 +96,7 @@ class _Watch(TorchFunctionMode):
         given = dict(zip(names, args, strict=False)) | kwargs
         one = self._statistics_of(given)
         if one is not None:
-            pair = self._note(one, given["input"])
-            given["running_mean"], given["running_var"] = pair
-            if "training" in given:
-                given["training"] = False
+            given["running_mean"], given["running_var"] = self._note(one, given["input"])
         return func(**given)
 
     def _statistics_of(self, given: dict[str, Any]) -> Statistics | None:

@@ -12,8 +12,6 @@ __all__ = ["moments_of"]
 
 # numbers of a block: what is computed from it stays in cache
 BLOCK = 2**18
-# rows whose float32 sums lose no digit
-SHORT_COLUMN = 1024
 # |mean - centre| / deviation from which on a sum of squares loses digits
 FAR = 1.5
 
@@ -70,7 +68,6 @@ def _blocks(x: Tensor) -> Iterator[tuple[Tensor, bool]]:
     in_rows = x.ndim == 2 or channels_last.is_contiguous()
     parts = channels_last.reshape(-1, x.shape[1]) if in_rows else x.flatten(2)
     size = max(1, BLOCK // max(1, parts[0].numel())) if x.is_cpu else len(parts)
-    size = min(size, SHORT_COLUMN) if in_rows else size
     for start in range(0, len(parts), size):
         yield parts[start : start + size], in_rows
 
