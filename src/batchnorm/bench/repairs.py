@@ -18,7 +18,6 @@ from batchnorm.recalibrate import recalibrate
 __all__ = ["CASES", "Repair"]
 
 ROWS = 128
-AVERAGED = 10
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,14 @@ def _moving_average() -> Any:
     return get_ema_multi_avg_fn(0.9)  # type: ignore[no-untyped-call]
 
 
-def averaged(network: Network, recipe: Recipe, split: Split, seed: int, ema: bool = False) -> nn.Module:
-    """Train on, and average the weights: those of ten rounds (SWA), or moving averages over their steps (EMA)."""
+def averaged(
+    network: Network, recipe: Recipe, split: Split, seed: int, rounds: int = 10, steps: int = 75, ema: bool = False
+) -> nn.Module:
+    """Train on in rounds at a larger rate, and average their weights: all alike (SWA), or as a moving average (EMA)."""
     average = AveragedModel(network, multi_avg_fn=_moving_average() if ema else None)
-    for number in range(AVERAGED):
-        fit(network, replace(recipe, steps=max(1, recipe.steps // AVERAGED)), split, seed + 1000 * (number + 1))
+    rounds_recipe = replace(recipe, steps=min(steps, recipe.steps), learning_rate=5 * recipe.learning_rate)
+    for number in range(rounds):
+        fit(network, rounds_recipe, split, seed + 1000 * (number + 1))
         average.update_parameters(network)
     return average
 
@@ -102,9 +104,9 @@ MLP = replace(CNN, network="mlp", learning_rate=0.03)
 
 CASES = [
     Repair("nothing wrong (batches of 64)", CNN, nothing),
-    Repair("SWA, ten rounds", CNN, averaged),
-    Repair("EMA of the weights, decay 0.9", CNN, partial(averaged, ema=True)),
-    Repair("momentum 0.9, batches of 8", replace(CNN, batch_size=8, steps=300, layer={"momentum": 0.9}), nothing),
+    Repair("SWA of ten rounds", MLP, averaged),
+    Repair("EMA over 60 short rounds", MLP, partial(averaged, rounds=60, steps=5, ema=True)),
+    Repair("momentum 0.9, batches of 16", replace(MLP, batch_size=16, steps=300, layer={"momentum": 0.9}), nothing),
     Repair("momentum 0.001, 150 steps", replace(CNN, layer={"momentum": 0.001}), nothing),
     Repair("weights rounded to 8 bits", CNN, rounded),
     Repair("weights rounded to 3 bits", CNN, partial(rounded, bits=3)),
