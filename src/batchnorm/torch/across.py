@@ -42,7 +42,9 @@ class Shared(NamedTuple):
 
     own: Tensor
     whole: Tensor
-    single: Any
+    single: bool
+    # this rank needs no gradient and another does, whose backward asks all ranks
+    asked: bool
 
     def moments(self) -> Moments:
         """Return the Moments of the whole batch."""
@@ -73,17 +75,22 @@ class _Gradients(NamedTuple):
     beta: Tensor
 
 
-def share(x: Tensor, weight: Tensor | None, agreement: Agreement, size: int | None, eps: float) -> Shared:
+def share(
+    x: Tensor, weight: Tensor | None, agreement: Agreement, size: int | None, eps: float, *, derives: bool
+) -> Shared:
     """Measure the ghost batches of this rank, and merge each with those of the same number on the other ranks.
 
     A rank that has fewer of them adds empty ones. A rank that has more than any rank had before says so in place of its
-    Moments, and then all ranks gather again.
+    Moments, and then all ranks gather again. The signs of numbers that are never negative say two things more: that a count
+    is the weight of a single value, and that the rank needs gradients.
     """
     x, w = x.detach(), None if weight is None else weight.detach()
     parts = ghost_batches(len(x), size)
     own = torch.stack([packed(measure(x[part], None if w is None else w[part], eps)) for part in parts])
     signs = torch.stack([_sign(x[part], None if w is None else w[part], own) for part in parts])
-    signed = torch.cat((own[:, :1] * signs, own[:, 1:]), 1)
+    # rounding, and NaN as well, may come with a sign of their own
+    last = own[:, -1:].abs()
+    signed = torch.cat((own[:, :1] * signs, own[:, 1:-1], -last if derives else last), 1)
     if torch.compiler.is_compiling():
         everything = gather(signed, agreement)
     else:
@@ -93,7 +100,9 @@ def share(x: Tensor, weight: Tensor | None, agreement: Agreement, size: int | No
             agreement.ghosts = needed
             everything = gather(_filled(signed, needed), agreement)
     own = pad(own, (0, 0, 0, everything.shape[1] - len(own)))
-    return Shared(own, _merged(everything), _is_single(x, w, everything[..., 0]))
+    asked = not derives and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    asked = asked and bool(everything[..., -1].signbit().any())
+    return Shared(own, _merged(everything), _is_single(x, w, everything[..., 0]), asked)
 
 
 def normalize_across(
@@ -122,7 +131,9 @@ def normalize_across(
         correction: ``r`` and ``d`` of batch renormalization.
     """
     plan = _Plan(eps, ghost_batches(len(x), size), agreement)
-    y: Tensor = _Across.apply(x, gamma, beta, weight, shared.own, shared.whole, correction, plan)  # type: ignore[no-untyped-call]
+    # what needs no gradient has no backward, and the others would wait for it
+    anchor = x.new_zeros(()).requires_grad_() if shared.asked else None
+    y: Tensor = _Across.apply(x, gamma, beta, weight, shared.own, shared.whole, correction, plan, anchor)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -138,6 +149,7 @@ class _Across(torch.autograd.Function):
         whole: Tensor,
         correction: Tensor | None,
         plan: _Plan,
+        anchor: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x, gamma, weight, own, whole, correction)
         ctx.plan, ctx.beta = plan, None if beta is None else beta.dtype
@@ -156,7 +168,7 @@ class _Across(torch.autograd.Function):
             needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[3])
             g = _gradients(dy, x, gamma, weight, whole, correction, ctx.plan, needs)
         dgamma = None if gamma is None else g.gamma.to(gamma.dtype)
-        return g.x, dgamma, None if ctx.beta is None else g.beta.to(ctx.beta), g.weight, None, None, None, None
+        return g.x, dgamma, None if ctx.beta is None else g.beta.to(ctx.beta), g.weight, *[None] * 5
 
 
 def _gradients(
@@ -248,7 +260,7 @@ def _filled(rows: Tensor, ghosts: int) -> Tensor:
 def _merged(everything: Tensor) -> Tensor:
     """Merge ``(ranks, ghost batches, 2C + 1)`` in rank order, pair by pair: the same numbers on every rank."""
     count, mean, m2 = unpacked(everything)
-    parts = torch.cat((count.abs(), mean, m2), -1)
+    parts = torch.cat((count.abs(), mean, m2.abs()), -1)
     while len(parts) > 1:
         parts = pad(parts, (0, 0, 0, 0, 0, len(parts) % 2))
         both = Moments(*unpacked(parts[::2])).merge(Moments(*unpacked(parts[1::2])))

@@ -263,7 +263,9 @@ class BatchNorm(Tracking):
         """Normalize by the statistics of all ranks of a group."""
         agreement, size, x = self._agree(x, group), self.options.virtual_batch_size, weights.only_valid(x)
         weight = weights.over_places(x)
-        shared = share(x, weight, agreement, size, self.eps)
+        inputs = (x, self.weight, self.bias, weight)
+        derives = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
+        shared = share(x, weight, agreement, size, self.eps, derives=derives)
         if shared.single:
             return self._normalize_single(x, weights) if x.numel() else self._normalize_nothing(x)
         state = self._renorm_state(x, weights)
