@@ -131,6 +131,9 @@ def agree(group: Any, path: str | None, layer: str, ghosts: int, device: torch.d
     text = f"{ghosts}\n{path or ''}\n{layer}".encode()[:HEADER].ljust(HEADER)
     headers = gather(torch.tensor(list(text), dtype=torch.uint8, device=device), Agreement(group, name))
     parts = [bytes(header.tolist()).decode(errors="ignore").rstrip().split("\n") for header in headers]
+    if any(len(part) != 3 for part in parts):
+        # a rank that has agreed before sends numbers
+        parts = [part if len(part) == 3 else ["0", "?", "another layer"] for part in parts]
     paths = [part[1] for part in parts]
     if len({part[2] for part in parts}) > 1 or not all(_is_same(paths[0], other) for other in paths):
         seen = "; ".join(f"rank {rank} has layer {path!r}, {layer}" for rank, (_, path, layer) in enumerate(parts))

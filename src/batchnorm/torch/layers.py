@@ -267,7 +267,8 @@ class BatchNorm(Tracking):
         derives = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
         shared = share(x, weight, agreement, size, self.eps, derives=derives)
         if shared.single:
-            return self._normalize_single(x, weights) if x.numel() else self._normalize_nothing(x)
+            alone = x.numel() > 0 or self.options.on_single == "error"
+            return self._normalize_single(x, weights) if alone else self._normalize_nothing(x)
         state = self._renorm_state(x, weights)
         correction = None if state is None else shared.correction(state[:2], state[2], self.eps)
         y = normalize_across(
