@@ -20,18 +20,7 @@ from batchnorm.functional import Renorm, ghost_batches
 from batchnorm.moments import Moments
 from batchnorm.torch.collectives import Agreement, Total, gather, total
 from batchnorm.torch.ops import is_eager
-from batchnorm.torch.portions import (
-    apply,
-    dx_of,
-    filled_count,
-    measure,
-    narrow_dtype,
-    packed,
-    sums_of,
-    unpacked,
-    variance_of,
-    x_hat,
-)
+from batchnorm.torch.portions import Portion, filled_count, measure, narrow_dtype, packed, unpacked, variance_of, x_hat
 from batchnorm.torch.rows import full, over_channels
 
 __all__ = ["Shared", "normalize_across", "share"]
@@ -156,8 +145,8 @@ class _Across(torch.autograd.Function):
         outputs = []
         for i, part in enumerate(plan.parts):
             gain, offset = _gain(gamma, beta, None if correction is None else correction[i], x)
-            outputs.append(apply(x[part], gain, offset, whole[i], plan.eps))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            outputs.append(Portion.of(x[part], whole[i], plan.eps).normalized(gain, offset))
+        return _joined(outputs)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -181,7 +170,8 @@ def _gradients(
     plan: _Plan,
     needs: tuple[bool, bool],
 ) -> _Gradients:
-    sums = torch.stack([sums_of(dy[part], x[part], whole[i], plan.eps) for i, part in enumerate(plan.parts)])
+    portions = [Portion.of(x[part], whole[i], plan.eps) for i, part in enumerate(plan.parts)]
+    sums = torch.stack([portion.sums(dy[part]) for portion, part in zip(portions, plan.parts, strict=True)])
     # every rank takes part, whether or not it needs the result: others do
     totals = total(pad(sums, (0, 0, 0, 0, 0, len(whole) - len(sums))), plan.agreement)
     dx, dw = [], []
@@ -189,11 +179,11 @@ def _gradients(
         scale = _scale(gamma, None if correction is None else correction[i], whole)
         w = None if weight is None else weight[part]
         if needs[0]:
-            dx.append(dx_of(dy[part], x[part], w, whole[i], totals[i], scale, plan.eps))
+            dx.append(portions[i].dx(dy[part], w, totals[i], scale))
         if needs[1]:
             dw.append(_dw(x[part], whole[i], totals[i] * scale, plan.eps))
     dgamma, dbeta = _of_parameters(sums, correction)
-    return _Gradients(torch.cat(dx) if dx else None, torch.cat(dw) if dw else None, dgamma, dbeta)
+    return _Gradients(_joined(dx) if dx else None, _joined(dw) if dw else None, dgamma, dbeta)
 
 
 def _derivable_gradients(
@@ -226,6 +216,10 @@ def _derivable_gradients(
         dw.append(_dw(wide[i], whole[i], totals[i] * scale, plan.eps))
     dgamma, dbeta = _of_parameters(sums, correction)
     return _Gradients(torch.cat(dx).to(x.dtype), None if weight is None else torch.cat(dw), dgamma, dbeta)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _Merge(torch.autograd.Function):

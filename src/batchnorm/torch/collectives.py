@@ -24,7 +24,7 @@ class Group:
     """The processes that share statistics: the default group, whichever it is at the time, or one that was given."""
 
     def __init__(self, given: Any) -> None:
-        self.given = None if isinstance(given, str) else _process_group(given)
+        self.given = None if given == "default" else _process_group(given)
 
     @classmethod
     def read(cls, given: Any) -> "Group | None":

@@ -4,6 +4,8 @@ Moments are packed in rows ``(count, mean, m2)`` of 2C + 1 numbers, in float64 w
 their own dtype; where they lie far from zero for their spread, they are shifted first, so that nothing is lost.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,18 +14,7 @@ from batchnorm.moments import Moments
 from batchnorm.torch.ops import dense, is_eager
 from batchnorm.torch.rows import gradient_sums, in_rows, measure_rows, memory_format, over_channels
 
-__all__ = [
-    "apply",
-    "dx_of",
-    "filled_count",
-    "measure",
-    "narrow_dtype",
-    "packed",
-    "sums_of",
-    "unpacked",
-    "variance_of",
-    "x_hat",
-]
+__all__ = ["Portion", "filled_count", "measure", "narrow_dtype", "packed", "unpacked", "variance_of", "x_hat"]
 
 # |mean| / deviation beyond which float32 loses digits that the dtype has, unless the batch is shifted
 FAR = 3.0
@@ -103,74 +94,77 @@ def _is_far(mean: Tensor, var: Tensor, eps: float) -> bool:
     return bool((mean * mean > FAR**2 * (var + eps)).any())
 
 
-def _near(x: Tensor, row: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return the batch and its mean, shifted towards zero where it lies far: ``x - mean`` in two steps rounds once."""
-    _, mean, _ = unpacked(row)
-    if is_eager(x) and not _is_far(mean, variance_of(row), eps):
-        return x, mean
-    shift = mean.to(narrow_dtype(x))
-    return x - over_channels(shift, x), mean - shift.to(mean.dtype)
-
-
-def apply(x: Tensor, gain: Tensor | None, offset: Tensor | None, row: Tensor, eps: float) -> Tensor:
-    """Return ``gain · x̂ + offset`` by the Moments of all ranks."""
-    if x.numel() == 0:
-        return torch.empty_like(x)
-    near, mean = _near(x, row, eps)
-    dtype = narrow_dtype(x)
-    y = torch.batch_norm(near, gain, offset, mean.to(dtype), variance_of(row).to(dtype), False, 0.0, eps, False)
-    return y.to(x.dtype)
-
-
 def x_hat(x: Tensor, row: Tensor, eps: float) -> Tensor:
     """Return ``(x - mean) / √(variance + ε)``, of operations that can be differentiated."""
     _, mean, _ = unpacked(row)
     return (x - over_channels(mean, x)) * over_channels((variance_of(row) + eps).rsqrt(), x)
 
 
-def sums_of(dy: Tensor, x: Tensor, row: Tensor, eps: float) -> Tensor:
-    """Return ``Σ dy`` and ``Σ dy·x̂`` over this rank, ``(2, C)``."""
-    near, mean = _near(x, row, eps)
-    near, var = near.to(narrow_dtype(x)), variance_of(row)
-    dy = dy.to(near.dtype)
-    if x.numel() == 0:
-        return row.new_zeros((2, x.shape[1]))
-    if not (is_eager(x) and is_eager(dy)):
-        axes = [0, *range(2, x.ndim)]
-        invstd = (var + eps).rsqrt()
-        hatted = (dy * (near - over_channels(mean.to(near.dtype), x))).sum(axes, dtype=row.dtype) * invstd
-        return torch.stack((dy.sum(axes, dtype=row.dtype), hatted))
-    near = dense(near)
-    if in_rows(near):
-        dy = dy.contiguous(memory_format=memory_format(near))
-        dgamma, dbeta = gradient_sums(dy, near, mean.numpy(), var.numpy(), eps)
-        return torch.from_numpy(np.stack((dbeta, dgamma)))
-    _, hatted, plain = torch.ops.aten.native_batch_norm_backward(
-        dy.contiguous(),
-        near,
-        None,
-        mean.to(near.dtype),
-        var.to(near.dtype),
-        None,
-        None,
-        False,
-        eps,
-        [False, True, True],
-    )
-    return torch.stack((plain, hatted)).to(row.dtype)
+class Portion(NamedTuple):
+    """This rank's values, near zero; where they lie from there, by the Moments of all ranks, and how many there are; the dtype they came in."""
 
+    near: Tensor
+    mean: Tensor
+    variance: Tensor
+    values: Tensor
+    eps: float
+    dtype: torch.dtype
 
-def dx_of(dy: Tensor, x: Tensor, w: Tensor | None, row: Tensor, totals: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Return ``a·dy + w·(b·x + c)``: three numbers for each channel."""
-    if x.numel() == 0:
-        return torch.empty_like(x)
-    near, mean = _near(x, row, eps)
-    inv = (variance_of(row) + eps).rsqrt()
-    plain, hatted = totals / filled_count(row)
-    a = scale * inv
-    b = -a * inv * hatted
-    c = -a * plain - b * mean
-    narrow = torch.stack((a, b, c)).to(narrow_dtype(x))
-    a, b, c = (over_channels(v, x) for v in narrow)
-    rest = torch.addcmul(c, near.to(narrow.dtype), b)
-    return torch.addcmul(rest if w is None else rest * w.to(narrow.dtype), dy.to(narrow.dtype), a).to(x.dtype)
+    @classmethod
+    def of(cls, x: Tensor, row: Tensor, eps: float) -> "Portion":
+        """Shift the values towards zero where they lie far from it: ``x - mean`` in two steps rounds once."""
+        _, mean, m2 = unpacked(row)
+        count = filled_count(row)
+        variance = m2 / count
+        if not (is_eager(x) and not _is_far(mean, variance, eps)):
+            shift = mean.to(narrow_dtype(x))
+            return cls(x - over_channels(shift, x), mean - shift.to(mean.dtype), variance, count, eps, x.dtype)
+        return cls(x, mean, variance, count, eps, x.dtype)
+
+    def normalized(self, gain: Tensor | None, offset: Tensor | None) -> Tensor:
+        """Return ``gain · x̂ + offset``."""
+        if self.near.numel() == 0:
+            return self.near.new_empty(self.near.shape, dtype=self.dtype)
+        mean, variance = torch.stack((self.mean, self.variance)).to(narrow_dtype(self.near))
+        return torch.batch_norm(self.near, gain, offset, mean, variance, False, 0.0, self.eps, False).to(self.dtype)
+
+    def sums(self, dy: Tensor) -> Tensor:
+        """Return ``Σ dy`` and ``Σ dy·x̂`` over this rank, ``(2, C)``."""
+        x = self.near.to(narrow_dtype(self.near))
+        dy = dy.to(x.dtype)
+        if x.numel() == 0:
+            return self.mean.new_zeros((2, x.shape[1]))
+        if not (is_eager(x) and is_eager(dy)):
+            axes, invstd = [0, *range(2, x.ndim)], (self.variance + self.eps).rsqrt()
+            centred = x - over_channels(self.mean.to(x.dtype), x)
+            hatted = (dy * centred).sum(axes, dtype=self.mean.dtype) * invstd
+            return torch.stack((dy.sum(axes, dtype=self.mean.dtype), hatted))
+        x = dense(x)
+        if in_rows(x):
+            dy = dy.contiguous(memory_format=memory_format(x))
+            dgamma, dbeta = gradient_sums(dy, x, self.mean.numpy(), self.variance.numpy(), self.eps)
+            return torch.from_numpy(np.stack((dbeta, dgamma)))
+        mean, variance = torch.stack((self.mean, self.variance)).to(x.dtype)
+        _, hatted, plain = torch.ops.aten.native_batch_norm_backward(
+            dy.contiguous(), x, None, mean, variance, None, None, False, self.eps, [False, True, True]
+        )
+        return torch.stack((plain, hatted)).to(self.mean.dtype)
+
+    def dx(self, dy: Tensor, w: Tensor | None, totals: Tensor, scale: Tensor) -> Tensor:
+        """Return ``a·dy + w·(b·x + c)``: three numbers for each channel."""
+        x = self.near
+        if x.numel() == 0:
+            return x.new_empty(x.shape, dtype=self.dtype)
+        inv = (self.variance + self.eps).rsqrt()
+        plain, hatted = totals / self.values
+        a = scale * inv
+        b = -a * inv * hatted
+        c = -a * plain - b * self.mean
+        rows = torch.stack((a, b, c, torch.zeros_like(a), torch.ones_like(a))).to(narrow_dtype(x))
+        if w is None and is_eager(x) and x.dtype == dy.dtype == rows.dtype:
+            # one reading less than two sums of products
+            a, b, c, zeros, ones = rows
+            return torch.batch_norm(dy, a, c, zeros, ones, False, 0.0, 0.0, False).addcmul_(x, over_channels(b, x))
+        a, b, c, *_ = (over_channels(v, x) for v in rows)
+        rest = torch.addcmul(c, x.to(rows.dtype), b)
+        return torch.addcmul(rest if w is None else rest * w.to(rows.dtype), dy.to(rows.dtype), a).to(self.dtype)
