@@ -101,7 +101,10 @@ def x_hat(x: Tensor, row: Tensor, eps: float) -> Tensor:
 
 
 class Portion(NamedTuple):
-    """This rank's values, near zero; where they lie from there, by the Moments of all ranks, and how many there are; the dtype they came in."""
+    """This rank's values, near zero, and the mean, variance and count of all ranks' from there.
+
+    ``dtype`` is the one that the values came in, and that results have.
+    """
 
     near: Tensor
     mean: Tensor
