@@ -1,6 +1,8 @@
 """What ranks hold, the step that they take, and what one process on the whole batch gives, by the definition."""
 
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -9,6 +11,7 @@ from torch import distributed
 from batchnorm import torch as bn
 from batchnorm.functional import Renorm, batch_norm_backward, batch_norm_train, ghost_batches, update_running
 from batchnorm.moments import Moments
+from batchnorm.torch import across, portions
 
 CHANNELS = 3
 LAYERS = {2: bn.BatchNorm1d, 3: bn.BatchNorm1d, 4: bn.BatchNorm2d, 5: bn.BatchNorm3d}
@@ -26,6 +29,8 @@ class Case(NamedTuple):
     mean: float = 3.0
     std: float = 2.0
     layout: str = "contiguous"
+    # as on a device: no value is looked at
+    blind: bool = False
 
     def shard(self, rank):
         """Return input, upstream gradient, mask and weights of a rank, always the same."""
@@ -75,8 +80,22 @@ class Counted:
             setattr(distributed, name, original)
 
 
+@contextmanager
+def without_looking(blind):
+    """Go the way of other devices, which are waited for where a value is looked at."""
+    with ExitStack() as stack:
+        for module in (portions, across) if blind else ():
+            stack.enter_context(mock.patch.object(module, "is_eager", return_value=False))
+        yield
+
+
 def step(rank, case):
     """Take one step of a case and return all numbers of a rank."""
+    with without_looking(case.blind):
+        return step_of(rank, case)
+
+
+def step_of(rank, case):
     layer = bn.sync(case.layer()).train()
     x, dy, mask, weight = case.shard(rank)
     x.requires_grad_()

@@ -3,10 +3,8 @@
 import copy
 import functools
 import math
-import os
 import pickle
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
@@ -42,6 +40,9 @@ KINDS = {
     "ghost batches, mask and weight": {"options": {"virtual_batch_size": 2}, "given": "mask weight"},
     "renorm": {"options": {"renorm": {"start": 0, "dmax_at": 0, "rmax_at": 0}}},
     "renorm and mask": {"options": {"renorm": {"start": 0, "dmax_at": 0, "rmax_at": 0}}, "given": "mask"},
+    "device": {"blind": True},
+    "device, far from zero": {"blind": True, "mean": 1e4 / 3, "std": 1.0},
+    "device, mask and weight": {"blind": True, "given": "mask weight"},
 }
 STEPS = {
     (shards, kind, dtype): Case(samples, dtype=dtype, **options)
@@ -250,6 +251,17 @@ def in_half(rank, dtype):
     return [v.detach().double().numpy() for v in (y, x.grad, layer.weight.grad, layer.running_var)]
 
 
+def under_autocast(rank):
+    """Take bfloat16 from a convolution into a layer in float32."""
+    layer = bn.sync(Case((6, 2)).layer())
+    x, dy, *_ = Case((6, 2)).shard(rank)
+    x = x.to(torch.bfloat16).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    (y * dy).sum().backward()
+    return [v.detach().double().numpy() for v in (y, x.grad, layer.weight.grad, layer.running_var)], str(y.dtype)
+
+
 def with_residual(rank):
     """Compare what comes after the normalization with the plain layer."""
     case = Case((4, 2), (5,), torch.float64)
@@ -352,6 +364,7 @@ JOBS = {
         "micro-batches": (micro_batches,),
         "growing": (growing,),
         **{("half", dtype): (in_half, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)},
+        "autocast": (under_autocast,),
         "residual": (with_residual,),
         "zero weights": (zero_weights,),
         "mismatched": (mismatched,),
@@ -374,26 +387,3 @@ def answers(ranks, name):
     failed = [error for (job, _), error in errors.items() if job == name]
     assert not failed, "\n".join(failed)
     return returned[name]
-
-
-def left(rank, when):
-    """Lose rank 1 in the middle of a training; return what rank 0 is told, and after how many seconds."""
-    network = bn.sync(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
-    y = network(torch.randn(4, 3))
-    y.sum().backward()
-    if rank == 1:
-        time.sleep(3 if when == "late" else 0)
-        os._exit(1)
-    start = time.monotonic()
-    kind, message = said(network, torch.randn(4, 3))
-    return kind, message, time.monotonic() - start
-
-
-def backward_alone(rank):
-    network = bn.sync(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
-    y = network(torch.randn(4, 3))
-    if rank == 1:
-        os._exit(1)
-    start = time.monotonic()
-    kind, message = said(y.sum().backward)
-    return kind, message, time.monotonic() - start

@@ -1,14 +1,18 @@
 """Synchronized layers in training: second derivatives, every option, wrappers of PyTorch, and what can go wrong."""
 
+import os
+import time
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from batchnorm import torch as bn
 from batchnorm.functional import Renorm, batch_norm_train
 from processes import on_ranks
 from sync_cases import CHANNELS, Case, assert_within
-from sync_jobs import OPTIONS, PENALTIES, answers, backward_alone, derivatives, left, model, state, trained
+from sync_jobs import OPTIONS, PENALTIES, answers, derivatives, model, said, state, trained
 
 
 def expected_penalty(case):
@@ -158,6 +162,13 @@ def test_half_precision_is_as_exact_as_its_dtype(dtype):
             assert_within(a, b, 6 * torch.finfo(dtype).eps, "half precision")
 
 
+def test_a_layer_in_single_precision_takes_half_precision_under_autocast():
+    for (got, dtype), wanted in zip(answers(2, "autocast"), answers(2, ("half", torch.float32)), strict=True):
+        assert dtype == "torch.bfloat16"
+        for a, b in zip(got, wanted, strict=True):
+            assert_within(a, b, 6 * torch.finfo(torch.bfloat16).eps, "half precision")
+
+
 def test_what_follows_the_normalization_is_that_of_the_plain_layer():
     assert answers(2, "residual") == [True, True]
 
@@ -196,6 +207,29 @@ def test_groups_are_kept_apart():
         assert found["pickled"][0] == "DistributedError"
         assert found["world"]
         assert found["traced"][0] == "TransformError"
+
+
+def left(rank, when):
+    """Lose rank 1 in the middle of a training; return what rank 0 is told, and after how many seconds."""
+    network = bn.sync(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
+    y = network(torch.randn(4, 3))
+    y.sum().backward()
+    if rank == 1:
+        time.sleep(3 if when == "late" else 0)
+        os._exit(1)
+    start = time.monotonic()
+    kind, message = said(network, torch.randn(4, 3))
+    return kind, message, time.monotonic() - start
+
+
+def backward_alone(rank):
+    network = bn.sync(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
+    y = network(torch.randn(4, 3))
+    if rank == 1:
+        os._exit(1)
+    start = time.monotonic()
+    kind, message = said(y.sum().backward)
+    return kind, message, time.monotonic() - start
 
 
 @pytest.mark.parametrize(

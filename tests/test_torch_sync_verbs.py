@@ -8,6 +8,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm import fold
 from batchnorm import torch as bn
 from batchnorm.errors import BatchNormWarning, DistributedError, OptionError, ShapeError
 
@@ -47,6 +48,21 @@ def test_training_without_a_group_says_what_to_call():
     model = bn.sync(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
     with pytest.raises(DistributedError, match=r"layer '1'.*torchrun.*init_process_group.*unsync\(model\)"):
         model(torch.randn(4, 3))
+
+
+def test_shapes_are_computed_without_a_group():
+    layer = bn.sync(bn.BatchNorm1d(3, device="meta"))
+    assert layer(torch.empty(5, 3, device="meta")).shape == (5, 3)
+
+
+def test_a_synchronized_model_is_folded():
+    model = bn.sync(
+        nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.ReLU(), nn.SyncBatchNorm(3))
+    )
+    for layer in (model[1], model[4]):
+        prepared(layer)
+    folded = fold(model.eval(), torch.randn(2, 3, 4, 4))
+    assert not [m for m in folded.model[:3].modules() if isinstance(m, _BatchNorm)]
 
 
 def test_evaluation_and_frozen_layers_need_no_group():

@@ -146,10 +146,11 @@ class Tracking(nn.Module):
         Raises:
             DistributedError: the layer is synchronized and in training, and there is no group.
         """
-        if self.options.process_group is None or not self.training or self.frozen_statistics:
+        given = self.options.process_group
+        if given is None or not self.training or self.frozen_statistics or has_no_values(x):
             return None
-        group = self.options.process_group.resolve()
-        if group.size() == 1 or has_no_values(x):
+        group = given.resolve()
+        if group.size() == 1:
             return None
         if not torch.compiler.is_compiling() and (
             peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
