@@ -158,6 +158,17 @@ def recomputed(rank, reentrant, options):
     return results
 
 
+def recomputed_after_growing(rank):
+    """See more ghost batches between a checkpointed forward and its backward; return the gradients, without and with."""
+    found = []
+    for run in (lambda layer, x: layer(x), lambda layer, x: checkpoint(layer, x, use_reentrant=False)):
+        layer = bn.sync(bn.BatchNorm1d(CHANNELS, virtual_batch_size=2))
+        xs = [Case(samples, ()).shard(rank)[0].requires_grad_() for samples in ((2, 4), (8, 4))]
+        sum((run(layer, x) ** 3).sum() for x in xs).backward()
+        found.append([x.grad.numpy() for x in xs])
+    return found
+
+
 def counted(rank, options):
     """Return the collectives of a step: the first, the second, an evaluation, a frozen layer, a group of one."""
     layer = bn.sync(bn.BatchNorm2d(CHANNELS, **options))
@@ -351,6 +362,7 @@ JOBS = {
         "sharded": (sharded,),
         "compiled": (compiled, "aot_eager"),
         **{("recomputed", r, o): (recomputed, r, OPTIONS[o]) for r in (True, False) for o in OPTIONS},
+        "recomputed after growing": (recomputed_after_growing,),
         "counted": (counted, {}),
         "ghosts counted": (counted, {"virtual_batch_size": 2}),
         **{

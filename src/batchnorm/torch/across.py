@@ -140,8 +140,9 @@ class _Across(torch.autograd.Function):
         plan: _Plan,
         anchor: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, gamma, weight, own, whole, correction)
-        ctx.plan, ctx.beta = plan, None if beta is None else beta.dtype
+        ctx.save_for_backward(x, gamma, weight)
+        # run again by activation checkpointing, these constants may have more rows: what is saved would not match
+        ctx.constants, ctx.plan, ctx.beta = (own, whole, correction), plan, None if beta is None else beta.dtype
         outputs = []
         for i, part in enumerate(plan.parts):
             gain, offset = _gain(gamma, beta, None if correction is None else correction[i], x)
@@ -150,7 +151,7 @@ class _Across(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, gamma, weight, own, whole, correction = ctx.saved_tensors
+        (x, gamma, weight), (own, whole, correction) = ctx.saved_tensors, ctx.constants
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             g = _derivable_gradients(dy, x, gamma, weight, own, whole, correction, ctx.plan)
         else:
