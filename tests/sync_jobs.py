@@ -309,10 +309,9 @@ def mismatched(rank):
     optional = said(bn.sync(bn.BatchNorm1d(3, on_single=["skip", "error"][rank])), torch.randn(4, 3))
     network = Holder("ab"[rank])
     named = said(network, torch.randn(4, 3))
-    found = {"width": wide, "dtype": cast, "option": optional, "layer": named}
     layer = bn.sync(bn.BatchNorm1d(3, momentum=1.0))
     (nn.Sequential(layer) if rank else nn.Sequential(nn.Sequential(layer)))(torch.full((2, 3), float(rank)))
-    return found, layer.running_mean.tolist()
+    return {"width": wide, "dtype": cast, "option": optional, "layer": named}, layer.running_mean.tolist()
 
 
 class Holder(nn.Module):

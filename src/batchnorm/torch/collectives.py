@@ -197,8 +197,10 @@ def _explaining(agreement: Agreement, device: torch.device) -> Iterator[None]:
 
 
 def _fail(agreement: Agreement, device: torch.device, error: RuntimeError) -> NoReturn:
+    # a forward says the layer's name by itself
+    name = f"{agreement.name}: " if torch._C._current_graph_task_id() != -1 else ""
     raise DistributedError(
-        f"{agreement.name}: the ranks of a group must all take part in each forward in training and in its backward, also "
+        f"{name}the ranks of a group must all take part in each forward in training and in its backward, also "
         f"with an empty batch, but a rank has died or did not come{_patience(agreement.group, device)}: look at the output of "
         f"the rank that failed first, and start all of them again. What PyTorch says: {error}"
     ) from error

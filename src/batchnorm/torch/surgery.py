@@ -69,7 +69,8 @@ def convert(model: nn.Module, **options: Any) -> nn.Module:
             module.configure(options)
         else:
             warnings.warn(
-                f"layer {name or 'itself'!r} is a {type(module).__name__}, with a forward of its own: it was left as it is",
+                f"layer {name or 'itself'!r} is a {type(module).__name__}, with a forward of its own: it was left as it is"
+                + (" (sync or unsync makes it ours)" if type(module) is nn.SyncBatchNorm else ""),
                 BatchNormWarning,
                 stacklevel=2,
             )
