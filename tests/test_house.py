@@ -56,7 +56,9 @@ NAMES = {
         "freeze",
         "param_groups",
         "revert",
+        "sync",
         "unfreeze",
+        "unsync",
     ],
 }
 PUBLIC = [(room, name) for room, names in NAMES.items() for name in names]
@@ -160,6 +162,7 @@ STANDARD = {
     "OptionError": ValueError,
     "ShapeError": ValueError,
     "DataError": ValueError,
+    "DistributedError": RuntimeError,
     "OutputError": OSError,
     "NonFiniteError": ArithmeticError,
     "NotInvertibleError": ArithmeticError,

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 import batchnorm as bn
 from batchnorm import torch as bnt
 from batchnorm.moments import Moments
-from test_torch_processes import on_two_ranks
+from processes import on_ranks
 
 SHARES = {"uneven": ((7, 1), (32, 2, 3)), "one rank has none": ((7, 1), ()), "even": ((4,), (4,))}
 
@@ -61,7 +61,7 @@ FAILURES = {name: (_fails, name) for name in ("nan", "other model", "empty")}
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    return on_two_ranks(tmp_path_factory.mktemp("ranks"), {**JOBS, **FAILURES})
+    return on_ranks(tmp_path_factory.mktemp("ranks"), 2, {**JOBS, **FAILURES})
 
 
 @pytest.mark.parametrize("name", JOBS)

@@ -1,55 +1,12 @@
 """Layers in several processes: DistributedDataParallel on two ranks of this machine."""
 
-import datetime
-import multiprocessing
-import traceback
-
 import pytest
 import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from batchnorm import torch as bn
-
-RANKS = 2
-SECONDS = 60
-
-
-def _enter(rank, meeting, jobs, answers):
-    """Join the group, do the jobs, and send what each returns or how it failed."""
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=SECONDS)
-    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=RANKS, timeout=timeout)
-    for name, (job, *arguments) in jobs.items():
-        torch.manual_seed(rank)
-        try:
-            answers.put((name, rank, None, job(rank, *arguments)))
-        except Exception:
-            answers.put((name, rank, traceback.format_exc(), None))
-    distributed.barrier()
-    distributed.destroy_process_group()
-
-
-def on_two_ranks(folder, jobs):
-    """Do the jobs in two processes; return the answers of each rank, by job, and the errors, by job and rank."""
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    meeting = f"file://{folder / 'meeting'}"
-    processes = [
-        context.Process(target=_enter, args=(rank, meeting, jobs, answers), daemon=True) for rank in range(RANKS)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        received = [answers.get(timeout=2 * SECONDS) for _ in range(RANKS * len(jobs))]
-    finally:
-        for process in processes:
-            process.join(5)
-            process.kill()
-    returned = {name: [None] * RANKS for name in jobs}
-    for name, rank, _, answer in received:
-        returned[name][rank] = answer
-    return returned, {(name, rank): error for name, rank, error, _ in received if error}
+from processes import on_ranks
 
 
 def _model(layers, **options):
@@ -151,7 +108,7 @@ JOBS = {
 @pytest.fixture(scope="module")
 def both_ranks(tmp_path_factory):
     """All jobs in one pair of processes: starting them costs more than the jobs."""
-    return on_two_ranks(tmp_path_factory.mktemp("ranks"), JOBS)
+    return on_ranks(tmp_path_factory.mktemp("ranks"), 2, JOBS)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ __all__ = [
     "BatchNormWarning",
     "ChannelError",
     "DataError",
+    "DistributedError",
     "MissingDependencyError",
     "NonFiniteError",
     "NotInvertibleError",
@@ -44,6 +45,10 @@ class ChannelError(BatchNormError, RuntimeError):
 
 class DataError(BatchNormError, ValueError):
     """A data set can't be read, or can't be learned from."""
+
+
+class DistributedError(BatchNormError, RuntimeError):
+    """The processes of a group can't work together: there is no group, a rank is missing, or ranks do different things."""
 
 
 class OutputError(BatchNormError, OSError):

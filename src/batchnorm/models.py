@@ -97,11 +97,11 @@ def gather(part: Any) -> list[Any]:
     """Return the parts of all processes of a distributed job, in the order of their ranks; alone, ``[part]``.
 
     Raises:
-        WorkerError: another process is missing.
+        DistributedError: another process is missing.
     """
     if "torch.distributed" not in sys.modules:
         return [part]
-    return list(import_module("batchnorm.torch.ranks").gather(part))
+    return list(import_module("batchnorm.torch.collectives").gather_objects(part))
 
 
 def joined() -> AbstractContextManager[tuple[int, int]]:
@@ -110,7 +110,7 @@ def joined() -> AbstractContextManager[tuple[int, int]]:
     Raises:
         MissingDependencyError: torch is not installed.
     """
-    return require("batchnorm.torch.ranks", "torch").joined()  # type: ignore[no-any-return]
+    return require("batchnorm.torch.collectives", "torch").joined()  # type: ignore[no-any-return]
 
 
 def load(spec: str, weights: Path | None = None) -> Any:

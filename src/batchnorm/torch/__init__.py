@@ -12,3 +12,5 @@ from batchnorm.torch.options import RenormSchedule as RenormSchedule
 from batchnorm.torch.parameters import param_groups as param_groups
 from batchnorm.torch.surgery import convert as convert
 from batchnorm.torch.surgery import revert as revert
+from batchnorm.torch.synchronizing import sync as sync
+from batchnorm.torch.synchronizing import unsync as unsync

@@ -9,6 +9,7 @@ from batchnorm.errors import BatchNormError, ChannelError, NonFiniteError, Optio
 from batchnorm.functional import Renorm, batch_norm_example_inference, ghost_batches
 from batchnorm.moments import Moments
 from batchnorm.torch import ops
+from batchnorm.torch.across import normalize_across, share
 from batchnorm.torch.naming import describe
 from batchnorm.torch.options import ACTIVATIONS, Options
 from batchnorm.torch.tracking import Tracking
@@ -106,7 +107,9 @@ class BatchNorm(Tracking):
             if y is not None:
                 return y
         try:
-            return self._forward(x, Weights.read(x, mask, sample_weight, lengths), residual)
+            group = self._group(x)
+            weights = Weights.read(x, mask, sample_weight, lengths, alone=group is None)
+            return self._forward(x, weights, residual, group)
         except BatchNormError as error:
             error.args = (f"{describe(self)}: {error}",)
             raise
@@ -152,12 +155,14 @@ class BatchNorm(Tracking):
             batches.add_(1)
         return y
 
-    def _forward(self, x: Tensor, weights: Weights, residual: Tensor | None) -> Tensor:
+    def _forward(self, x: Tensor, weights: Weights, residual: Tensor | None, group: Any) -> Tensor:
         # a trace would keep what is compared for good
         traced = torch._C._get_tracing_state() is not None
         if not traced:
             self._check_values(x, residual)
-        if not traced and x.numel() == 0:
+        if group is not None:
+            y = self._normalize_across(x, weights, group)
+        elif not traced and x.numel() == 0:
             y = self._normalize_nothing(x)
         elif not self.normalizes_by_batch():
             y = self._evaluate(x, weights)
@@ -254,6 +259,24 @@ class BatchNorm(Tracking):
             return ops.renormalize(x, self.weight, self.bias, self.eps, state[:2], state[2])
         return ops.normalize(x, self.weight, self.bias, self.eps)
 
+    def _normalize_across(self, x: Tensor, weights: Weights, group: Any) -> Tensor:
+        """Normalize by the statistics of all ranks of a group."""
+        agreement, size, x = self._agree(x, group), self.options.virtual_batch_size, weights.only_valid(x)
+        weight = weights.over_places(x)
+        inputs = (x, self.weight, self.bias, weight)
+        derives = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
+        shared = share(x, weight, agreement, size, self.eps, derives=derives)
+        if shared.single:
+            alone = x.numel() > 0 or self.options.on_single == "error"
+            return self._normalize_single(x, weights) if alone else self._normalize_nothing(x)
+        state = self._renorm_state(x, weights)
+        correction = None if state is None else shared.correction(state[:2], state[2], self.eps)
+        y = normalize_across(
+            x, self.weight, self.bias, self.eps, shared, agreement, weight=weight, size=size, correction=correction
+        )
+        self.observe(shared.moments())
+        return y
+
     def _normalize_single(self, x: Tensor, weights: Weights) -> Tensor:
         """Normalize the only value of each channel, which has no spread, as ``on_single`` says; no statistic moves."""
         if self.options.on_single == "error":
@@ -309,6 +332,8 @@ class BatchNorm1d(BatchNorm, nn.BatchNorm1d):
         example_weight: share of an example's own statistics in evaluation (needs spatial axes).
         domains: names of further running statistics, with the same γ and β; chosen by `domain`.
         wide_statistics: keep the running statistics in float32 when ``.half()`` or ``.bfloat16()`` casts the module.
+        process_group: normalize in training by the statistics of all ranks of a group: ``"default"``, a ``ProcessGroup`` or a
+            ``DeviceMesh`` of one dimension; see `sync`.
 
     Raises:
         ShapeError: an input of another rank, or one value a channel in training (a ``ValueError``).

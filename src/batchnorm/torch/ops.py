@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from batchnorm.arrays import namespace
@@ -20,7 +21,7 @@ from batchnorm.functional import Renorm, batch_norm_backward, batch_norm_train
 from batchnorm.moments import Moments
 from batchnorm.torch.rows import FEW_ROWS, are_near, full, in_rows, normalize_rows, over_channels
 
-__all__ = ["is_eager", "normalize", "normalize_in_place", "normalize_weighted", "renormalize"]
+__all__ = ["dense", "has_no_values", "is_eager", "normalize", "normalize_in_place", "normalize_weighted", "renormalize"]
 
 
 # the namespaces that a compiler must find, not look for
@@ -40,6 +41,11 @@ def is_eager(x: Tensor) -> bool:
     )
 
 
+def has_no_values(x: Tensor) -> bool:
+    """Say whether ``x`` is a shape and a dtype only, outside of a compiler."""
+    return not torch.compiler.is_compiling() and (x.is_meta or isinstance(x, FakeTensor))
+
+
 def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Moments]:
     """Return `batch_norm_train` of ``x`` by the fastest way that is exact, and the Moments of the batch."""
     if peek_interpreter_stack() is not None and not torch.compiler.is_compiling():
@@ -48,7 +54,7 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float)
         return step.y, step.moments
     if not is_eager(x):
         return _native(x, weight, bias, eps)
-    x = _dense(x)
+    x = dense(x)
     if not in_rows(x) or forward_ad._current_level >= 0:
         return _native(x, weight, bias, eps)
     rows = x.numel() // x.shape[1]
@@ -70,7 +76,7 @@ def normalize_in_place(
     if x.is_contiguous():
         rows = x.shape[0] if x.ndim == 2 else 0
     else:
-        x = _dense(x)
+        x = dense(x)
         rows = x.numel() // x.shape[1] if in_rows(x) else 0
     if rows > FEW_ROWS:
         return _rows_in_place(x, weight, bias, mean, var, momentum, eps)
@@ -194,7 +200,7 @@ def _rows_in_place(
     return y
 
 
-def _dense(x: Tensor) -> Tensor:
+def dense(x: Tensor) -> Tensor:
     """Return ``x`` in a layout that ATen sums exactly, which strides of another order are not."""
     return x if x.is_contiguous() or in_rows(x) else x.contiguous()
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from batchnorm.errors import OptionError
 from batchnorm.functional import Renorm
+from batchnorm.torch.collectives import Group
 
 __all__ = ["ACTIVATIONS", "Options", "RenormSchedule", "read_domains"]
 
@@ -98,6 +99,7 @@ class Options:
     example_weight: float = 0.0
     domains: tuple[str, ...] = ()
     wide_statistics: bool = False
+    process_group: Group | None = None
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> "Options":
@@ -110,9 +112,12 @@ class Options:
         if unknown:
             known = ", ".join(field.name for field in fields(cls))
             raise OptionError(f"unknown option {', '.join(unknown)}: the options are {known}")
-        return cls(
-            **{**given, "renorm": _renorm(given.get("renorm")), "domains": read_domains(given.get("domains", ()))}
-        )
+        checked = {
+            "renorm": _renorm(given.get("renorm")),
+            "domains": read_domains(given.get("domains", ())),
+            "process_group": Group.read(given.get("process_group")),
+        }
+        return cls(**{**given, **checked})
 
     def __post_init__(self) -> None:
         if self.activation is not None and self.activation not in ACTIVATIONS:

@@ -14,7 +14,17 @@ from torch import Tensor
 from batchnorm.functional import batch_norm_backward
 from batchnorm.moments import Moments
 
-__all__ = ["FEW_ROWS", "are_near", "full", "in_rows", "normalize_rows", "over_channels"]
+__all__ = [
+    "FEW_ROWS",
+    "are_near",
+    "full",
+    "gradient_sums",
+    "in_rows",
+    "measure_rows",
+    "memory_format",
+    "normalize_rows",
+    "over_channels",
+]
 
 # up to here ATen's sums are as exact as in its better layout, and one call of it costs less than several
 FEW_ROWS = 2048
@@ -27,7 +37,7 @@ def in_rows(x: Tensor) -> bool:
     """Say whether the channels of one place lie side by side in memory."""
     if x.ndim == 2:
         return x.is_contiguous()
-    return x.ndim > 3 and not x.is_contiguous() and x.is_contiguous(memory_format=_memory_format(x))
+    return x.ndim > 3 and not x.is_contiguous() and x.is_contiguous(memory_format=memory_format(x))
 
 
 def are_near(mean: Tensor, invstd: Tensor, rows: int) -> bool:
@@ -56,7 +66,7 @@ class _NormalizeRows(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, found: list[Moments]
     ) -> Tensor:
-        moments, shift = _moments(x)
+        moments, shift = measure_rows(x)
         found.append(moments)
         near, mean = _shifted(x, moments.mean, shift)
         ctx.save_for_backward(x, weight)
@@ -90,9 +100,9 @@ def _backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, moments: Moments, eps: float, needs_dx: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return dx, dγ and dβ: sums over short columns, then ``dx = a·dy + b·x + c`` for each channel."""
-    dy = dy.to(x.dtype).contiguous(memory_format=_memory_format(x))
+    dy = dy.to(x.dtype).contiguous(memory_format=memory_format(x))
     variance = moments.variance
-    dgamma, dbeta = _gradient_sums(dy, x, moments.mean, variance, eps)
+    dgamma, dbeta = gradient_sums(dy, x, moments.mean, variance, eps)
     inv = 1 / np.sqrt(variance + eps)
     if not needs_dx:
         dx = None
@@ -113,7 +123,7 @@ def _backward(
 
 # inf and NaN are looked for at the end
 @np.errstate(all="ignore")
-def _moments(x: Tensor) -> tuple[Moments, Tensor | None]:
+def measure_rows(x: Tensor) -> tuple[Moments, Tensor | None]:
     """Return the Moments, and what the batch was shifted by if it lies far from zero."""
     moments = _moments_of_columns(x)
     if not bool((moments.mean**2 > FAR_COLUMNS**2 * moments.variance).any()):
@@ -142,7 +152,7 @@ def _merged(count: int, means: NDArray[Any], variances: NDArray[Any]) -> Moments
     return Moments(count * len(means), mean, m2)
 
 
-def _gradient_sums(
+def gradient_sums(
     dy: Tensor, x: Tensor, mean: NDArray[np.float64], variance: NDArray[np.float64], eps: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return ``Σ dy·x̂`` and ``Σ dy`` by ATen's backward for fixed statistics, which takes both in one reading."""
@@ -171,7 +181,8 @@ def _short_columns(x: Tensor) -> list[tuple[Tensor, int]]:
     return columns
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Return the layout that puts the channels of one place side by side."""
     return {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)
 
 

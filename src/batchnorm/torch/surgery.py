@@ -29,6 +29,7 @@ _STATE = (
     "_skipped",
     "_seen",
     "_seen_again",
+    "_agreement",
     "_plain",
 )
 
@@ -68,7 +69,8 @@ def convert(model: nn.Module, **options: Any) -> nn.Module:
             module.configure(options)
         else:
             warnings.warn(
-                f"layer {name or 'itself'!r} is a {type(module).__name__}, with a forward of its own: it was left as it is",
+                f"layer {name or 'itself'!r} is a {type(module).__name__}, with a forward of its own: it was left as it is"
+                + (" (sync or unsync makes it ours)" if type(module) is nn.SyncBatchNorm else ""),
                 BatchNormWarning,
                 stacklevel=2,
             )
@@ -136,6 +138,11 @@ def _check_reversible(name: str, layer: BatchNorm) -> None:
                 f"layer {name or 'itself'!r} has {option}={changed[option]!r}, which torch's layer can't do: "
                 f"revert where every layer computes what torch's would"
             )
+    if layer.options.process_group is not None or type(layer) not in _TORCHS:
+        raise OptionError(
+            f"layer {name or 'itself'!r} is {'' if type(layer) in _TORCHS else 'or was '}synchronized, torch's own layer would "
+            "not be: unsync(model) first, with an example input if the layer was a torch.nn.SyncBatchNorm"
+        )
     if layer.frozen_statistics:
         raise OptionError(f"layer {name or 'itself'!r} is frozen, torch's layer would thaw: unfreeze(model) first")
     if callable(layer.momentum):

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 
 from batchnorm.errors import BatchNormWarning, OptionError, TransformError
-from batchnorm.functional import Renorm, update_running
+from batchnorm.functional import Renorm, ghost_batches, update_running
 from batchnorm.moments import Moments
-from batchnorm.torch.naming import describe
-from batchnorm.torch.ops import is_eager
+from batchnorm.torch.collectives import Agreement, agree
+from batchnorm.torch.naming import describe, path_of
+from batchnorm.torch.ops import has_no_values, is_eager
 from batchnorm.torch.options import Options
 
 __all__ = ["Tracking", "recomputing"]
@@ -62,6 +63,7 @@ class Tracking(nn.Module):
     _skipped: Tensor | None = None
     _seen: Any = None
     _seen_again: bool = False
+    _agreement: Agreement | None = None
 
     def _make_state(self) -> None:
         """Register the statistics of domains, and start to count."""
@@ -137,6 +139,41 @@ class Tracking(nn.Module):
     def normalizes_by_batch(self) -> bool:
         """Say whether the next forward takes the batch's statistics."""
         return (self.training and not self.frozen_statistics) or self._buffers.get("running_mean") is None
+
+    def _group(self, x: Tensor) -> Any:
+        """Return the process group whose statistics the next forward takes; ``None`` is this process alone.
+
+        Raises:
+            DistributedError: the layer is synchronized and in training, and there is no group.
+        """
+        given = self.options.process_group
+        if given is None or not self.training or self.frozen_statistics or has_no_values(x):
+            return None
+        group = given.resolve()
+        if group.size() == 1:
+            return None
+        if not torch.compiler.is_compiling() and (
+            peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
+        ):
+            raise TransformError(
+                "torch.func and torch.jit.trace can't follow a batch to other processes: unsync(model)"
+            )
+        return group
+
+    def _agree(self, x: Tensor, group: Any) -> Agreement:
+        """Make sure, once, that the ranks of a group call the same layer.
+
+        Raises:
+            DistributedError: they do not.
+        """
+        size = self.options.virtual_batch_size
+        if torch.compiler.is_compiling():
+            return Agreement(group, type(self).__name__)
+        if self._agreement is None or self._agreement.group is not group:
+            options = {name: v for name, v in self.options.changed().items() if name != "process_group"}
+            kind = f"{type(self).__name__}({self.num_features}, eps={self.eps}, {x.dtype}, {options})"
+            self._agreement = agree(group, path_of(self), kind, len(ghost_batches(len(x), size)), x.device)
+        return self._agreement
 
     def observe(self, moments: Moments) -> None:
         """Move the running statistics by one batch, unless it is seen for the second time or is not finite."""
@@ -241,5 +278,5 @@ class Tracking(nn.Module):
 
 def _fingerprint(x: Tensor) -> Tensor:
     """Return two sums that tell a batch from others."""
-    ends = x.detach()[[0, -1]]
+    ends = x.detach()[[0, -1] if len(x) else []]
     return ends.flatten(1).sum(1, dtype=torch.float64)

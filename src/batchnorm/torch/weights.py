@@ -20,8 +20,10 @@ class Weights(NamedTuple):
     sample_weight: Tensor | None
 
     @classmethod
-    def read(cls, x: Tensor, mask: Tensor | None, sample_weight: Tensor | None, lengths: Tensor | None) -> "Weights":
-        """Check what a user gave.
+    def read(
+        cls, x: Tensor, mask: Tensor | None, sample_weight: Tensor | None, lengths: Tensor | None, *, alone: bool = True
+    ) -> "Weights":
+        """Check what a user gave; weights may all be zero where this is not the whole batch.
 
         Raises:
             ShapeError: what does not fit ``x``.
@@ -39,20 +41,20 @@ class Weights(NamedTuple):
             mask = valid if mask is None else mask & valid
         weights = cls(mask, sample_weight)
         if sample_weight is not None and is_eager(sample_weight) and x.numel():
-            weights._check_values(x)
+            weights._check_values(x, alone)
         return weights
 
     def __bool__(self) -> bool:
         """Say whether anything was given."""
         return self.mask is not None or self.sample_weight is not None
 
-    def _check_values(self, x: Tensor) -> None:
+    def _check_values(self, x: Tensor, alone: bool) -> None:
         w = self.sample_weight
         assert w is not None  # noqa: S101 - the caller has looked
         if not bool(((w >= 0) & torch.isfinite(w)).all()):
             raise OptionError(f"sample_weight must be finite and not negative, got values from {w.min()} to {w.max()}")
         masked_out = self.mask is not None and not bool(self.mask.any())
-        if not masked_out and not bool((self._over_places(x) > 0).any()):
+        if alone and not masked_out and not bool((self._over_places(x) > 0).any()):
             raise OptionError("sample_weight must be positive somewhere (where the mask is true), got zeros only")
 
     def _over_places(self, x: Tensor) -> Any:
