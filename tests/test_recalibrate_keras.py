@@ -177,7 +177,7 @@ class Own(keras.Model):
 def test_own_models_nested_layers_and_masks():
     model, x = Own(), np.random.default_rng(0).standard_normal((5, 4, 3)).astype(np.float32)
     model(x)
-    found = bn.recalibrate(model, [x[:2], x[2:]], progress=False)
+    found = bn.recalibrate(model, [(x[:2], np.zeros(2)), (x[2:], np.zeros(3))], progress=False)
     assert len(found.moved) == 2
     assert found.moved[1].layer.endswith("deep")
     valid = x[x[..., 0] > 0].astype(np.float64)

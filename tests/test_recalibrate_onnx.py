@@ -140,6 +140,15 @@ def test_numbers_that_norms_share_are_kept_apart():
     assert np.abs(numbers(model, "one")[0] - numbers(model, "two")[0]).min() > 0.1
 
 
+def test_names_that_are_taken_are_not_taken_again():
+    b = Build()
+    x = b.norm(b.input(["n", 3, 6, 6], name="measured0_mean"), 3, "measured0_variance")
+    model = b.model(b.norm(x, 3, "measured_least"))
+    data = [{"measured0_mean": x} for x in batches()]
+    bn.recalibrate(model, data, progress=False)
+    np.testing.assert_allclose(numbers(model, "measured0_variance")[0], population(batches())[0], rtol=1e-6, atol=1e-7)
+
+
 def test_constants_become_new_ones():
     (model, _), data = network(form="node"), batches()
     bn.recalibrate(model, data, progress=False)
