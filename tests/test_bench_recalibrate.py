@@ -61,7 +61,17 @@ def test_the_command_line_runs_a_part_and_keeps_every_value(tmp_path, capsys):
 
 
 def test_tables_are_made_of_the_recorded_values():
-    checks = {"found": [{"case": "a", "kind": "exact", "passes": dict.fromkeys(bench.TOOLS, True)}]}
+    checks = {
+        "found": [
+            {
+                "case": "a",
+                "kind": "exact",
+                "errors": dict.fromkeys(bench.TOOLS, 3e-8),
+                "passes": dict.fromkeys(bench.TOOLS, True),
+            }
+        ]
+    }
     assert "of 1" in bench._checks_table(checks)
+    assert "3e-08" in bench._checks_table(checks)
     seconds = {"plain evaluation": [1.0, 2.0], "batchnorm": [1.1, 2.4]}
     assert "1.15 (1.10 to 1.20)" in bench._speed_table({"found": {"batches": [2, 32], "seconds": seconds}})

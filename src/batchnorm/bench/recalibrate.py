@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from math import isinf
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -104,17 +105,27 @@ TOOLS: dict[str, Tool] = {"batchnorm": _ours, "swa_utils.update_bn": _update_bn,
 
 def _checks(quick: bool) -> Any:
     _fvcore()
-    return [
-        {"case": case.name, "kind": case.kind, "passes": {name: case.passes(tool) for name, tool in TOOLS.items()}}
-        for case in CASES[:: 5 if quick else 1]
-    ]
+    found = []
+    for case in CASES[:: 5 if quick else 1]:
+        errors = {name: case.error(tool) for name, tool in TOOLS.items()}
+        passes = {name: error <= case.bound for name, error in errors.items()}
+        found.append({"case": case.name, "kind": case.kind, "errors": errors, "passes": passes})
+    return found
 
 
 def _checks_table(facts: dict[str, Any]) -> str:
     found = facts["found"]
-    rows = [(one["kind"], one["case"], *("yes" if one["passes"][name] else "no" for name in TOOLS)) for one in found]
+    rows = [(one["kind"], one["case"], *(told(one, name) for name in TOOLS)) for one in found]
     rows.append(("", f"of {len(found)}", *(str(sum(one["passes"][name] for one in found)) for name in TOOLS)))
     return table(("Kind", "Case", *TOOLS), rows)
+
+
+def told(one: dict[str, Any], tool: str) -> str:
+    """Return what was found of a tool in a case, in a word."""
+    error = one["errors"][tool]
+    if one["kind"] == "exact":
+        return ("" if one["passes"][tool] else "no: ") + ("it raises" if isinf(error) else f"{error:.0e}")
+    return "yes" if one["passes"][tool] else "no"
 
 
 # -- what it costs -----------------------------------------------------------------------------------------------------
