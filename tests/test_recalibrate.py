@@ -612,7 +612,8 @@ FORMS = {
     "one array": X.numpy(),
     "dataset": TensorDataset(X, torch.zeros(40)),
     "loader": DataLoader(TensorDataset(X), batch_size=7),
-    "workers": DataLoader(TensorDataset(X), batch_size=20, num_workers=1),
+    # other tests of this process may have loaded JAX, which no fork survives
+    "workers": DataLoader(TensorDataset(X), batch_size=20, num_workers=1, multiprocessing_context="spawn"),
     "generator": (x for x in X.split(9)),
 }
 
