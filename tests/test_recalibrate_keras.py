@@ -236,6 +236,8 @@ def test_forward_calls_the_model_in_its_own_way():
 @pytest.mark.skipif(keras.backend.backend() == "jax", reason="it is this very run")
 def test_it_holds_on_jax_too():
     environment = os.environ | {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    # what differs from backend to backend: how layers are stood before, and how their arrays are read
+    chosen = "population or sequential or masks or changes"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout[-3000:]

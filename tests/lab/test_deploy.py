@@ -76,7 +76,8 @@ def test_a_fold_that_changes_the_outputs_is_undone(wrong, words, monkeypatch, tm
     assert words in deployed.kept[0]
     assert deployed.folded == ()
     assert isinstance(deployed.network[1], BatchNorm1d)
-    save(deployed, tmp_path / "best", X, {"model": "m"})
+    if wrong is _shifted:
+        save(deployed, tmp_path / "best", X, {"model": "m"})
 
 
 @pytest.mark.parametrize(
