@@ -180,7 +180,7 @@ COMMAND = [
     "--learning-rates",
     "0.1",
     "--steps",
-    "400",
+    "200",
     "--jobs",
     "2",
 ]
@@ -208,7 +208,7 @@ def test_what_was_stopped_goes_on_where_it_was(tmp_path, how):
     assert done.returncode == 0, done.stderr
     facts = json.loads((out / "comparison.json").read_text())
     assert facts["ran"] <= 24 - kept
-    whole = bn.compare("digits", learning_rates=[0.1], steps=400, seeds=8, jobs=1, out=tmp_path / "whole")
+    whole = bn.compare("digits", learning_rates=[0.1], steps=200, seeds=8, jobs=1, out=tmp_path / "whole")
     assert (out / "runs.csv").read_bytes() == (whole.out / "runs.csv").read_bytes()
 
 
