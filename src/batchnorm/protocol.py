@@ -9,6 +9,7 @@ import numpy as np
 
 from batchnorm.affine import Affine
 from batchnorm.arrays import Array
+from batchnorm.errors import DataError
 from batchnorm.graph import Graph, Norm, Weights
 from batchnorm.moments import Moments
 
@@ -22,6 +23,7 @@ __all__ = [
     "OneByOne",
     "Pair",
     "Statistics",
+    "note",
     "random_arrays",
 ]
 
@@ -150,6 +152,13 @@ class Statistics:
     fixed: str = ""
     key: Any = None
 
+    @property
+    def pair(self) -> Pair:
+        """The mean and the variance of a layer that keeps them."""
+        assert self.mean is not None  # noqa: S101
+        assert self.variance is not None  # noqa: S101
+        return self.mean, self.variance
+
 
 class Measured(NamedTuple):
     """What one batch has shown.
@@ -161,6 +170,20 @@ class Measured(NamedTuple):
 
     samples: int
     moments: dict[Statistics, Moments]
+
+
+def note(found: dict[Statistics, Moments], one: Statistics, moments: Moments) -> None:
+    """Merge what has reached a layer into what was ``found`` in the same batch.
+
+    Raises:
+        DataError: it is not finite.
+    """
+    if not np.isfinite(moments.mean + moments.m2).all():
+        raise DataError(
+            f"what reaches layer {one.name!r} must be finite, it holds inf or NaN: look for them in the data, or in the "
+            "weights of the layers before"
+        )
+    found[one] = found.get(one, Moments.empty()).merge(moments)
 
 
 Measure = Callable[[Any, Mapping[Statistics, Pair] | None], Measured]

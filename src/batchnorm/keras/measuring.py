@@ -10,7 +10,7 @@ import numpy as np
 from batchnorm.errors import BatchNormError, DataError, OptionError
 from batchnorm.keras.internals import as_array, parts, quietly, told, untraced
 from batchnorm.moments import Moments
-from batchnorm.protocol import Measure, Measured, Pair, Statistics
+from batchnorm.protocol import Measure, Measured, Pair, Statistics, note
 
 __all__ = ["batches_of", "measuring", "stored", "write"]
 
@@ -146,18 +146,10 @@ class _Watch:
 
     def _note(self, one: Statistics, inputs: Any, mask: Any) -> Pair:
         moments = _moments(as_array(inputs), one.key.axis, None if mask is None else as_array(mask))
-        if not np.isfinite(moments.mean + moments.m2).all():
-            raise DataError(
-                f"what reaches layer {one.name!r} must be finite, it holds inf or NaN: look for them in the data, or in the "
-                "weights of the layers before"
-            )
-        self.found[one] = self.found.get(one, Moments.empty()).merge(moments)
-        assert one.mean is not None  # noqa: S101
-        assert one.variance is not None  # noqa: S101
-        before = one.mean, one.variance
+        note(self.found, one, moments)
         # a single value has no variance
-        own = (moments.mean, moments.variance) if moments.count > 1 else before
-        return own if self.use is None else self.use.get(one, before)
+        own = (moments.mean, moments.variance) if moments.count > 1 else one.pair
+        return own if self.use is None else self.use.get(one, one.pair)
 
 
 def _moments(x: np.ndarray, axis: int, mask: np.ndarray | None) -> Moments:

@@ -15,7 +15,7 @@ from batchnorm.onnx.picture import NormKey, is_norm
 from batchnorm.onnx.running import Runner
 from batchnorm.onnx.scopes import Constant, Index, Scope
 from batchnorm.onnx.shapes import asked, feeds
-from batchnorm.protocol import Measure, Measured, Pair, Statistics
+from batchnorm.protocol import Measure, Measured, Pair, Statistics, note
 
 __all__ = ["measuring", "stored"]
 
@@ -81,7 +81,9 @@ def measuring(model: Any, statistics: list[Statistics]) -> Iterator[Measure]:
             outputs = runner.outputs({**given, **watched.feeds(use)})
         except OptionError as error:
             raise DataError(f"the model must take the batches of the data: {error}") from error
-        found = {one: _moments(one, outputs[3 * n : 3 * n + 3]) for n, one in enumerate(watched.moving)}
+        found: dict[Statistics, Moments] = {}
+        for number, one in enumerate(watched.moving):
+            note(found, one, _moments(outputs[3 * number : 3 * number + 3]))
         return Measured(next((len(v) for v in given.values() if v.ndim), 1), found)
 
     yield measure
@@ -95,13 +97,8 @@ def _selected(model: Any, batch: Any) -> Any:
     return tuple(batch[: len(names)]) if isinstance(batch, tuple | list) else batch
 
 
-def _moments(one: Statistics, outputs: list[np.ndarray]) -> Moments:
+def _moments(outputs: list[np.ndarray]) -> Moments:
     mean, variance, count = outputs
-    if not np.isfinite(mean + variance).all():
-        raise DataError(
-            f"what reaches layer {one.name!r} must be finite, it holds inf or NaN: look for them in the data, or in the "
-            "weights of the layers before"
-        )
     return Moments(int(count.item()), mean, variance * count.item())
 
 
@@ -134,9 +131,7 @@ class _Watched:
         """Return the inputs that the copy has beyond those of the model: what to normalize by."""
         arrays = {self.least: np.array(1.0 if use is None else np.inf, np.float32)}
         for number, one in enumerate(self.moving):
-            assert one.mean is not None  # noqa: S101
-            assert one.variance is not None  # noqa: S101
-            pair = (one.mean, one.variance) if use is None else use.get(one, (one.mean, one.variance))
+            pair = one.pair if use is None else use.get(one, one.pair)
             dtype = np.float64 if self.kinds[number] == TensorProto.DOUBLE else np.float32
             for what, values in zip(_STORED, pair, strict=True):
                 arrays[f"{self.prefix}{number}_{what}"] = np.asarray(values, dtype)
@@ -144,21 +139,21 @@ class _Watched:
 
     def _watch(self, index: Index, number: int, one: Statistics) -> int:
         """Measure what one layer reads; return the dtype of the statistics that it is handed."""
-        assert one.mean is not None  # noqa: S101
+        size = len(one.pair[0])
         scope, node = index.find(one.key.key.site)
         own = [c.elem_type for name in node.input[3:5] if (c := index.constant(scope, name)) is not None]
         wide = TensorProto.DOUBLE if own[0] == TensorProto.DOUBLE else TensorProto.FLOAT
         opset = max(entry.version for entry in self.model.opset_import if entry.domain in ("", "ai.onnx"))
         nodes = _Nodes(f"{self.prefix}{number}_", opset)
-        count = nodes.measure(str(node.input[0]), len(one.mean))
+        count = nodes.measure(str(node.input[0]), size)
         share = nodes.batch_share(count, self.least, wide)
         for place, (what, kind) in enumerate(zip(("mean", "variance"), own, strict=True)):
             node.input[3 + place] = nodes.choose(what, share, wide, kind)
-        graph, channels = self.model.graph, [len(one.mean)]
+        graph, channels = self.model.graph, [size]
         graph.input.extend(helper.make_tensor_value_info(nodes.name(what), wide, channels) for what in _STORED)
         sizes = {"mean": channels, "variance": channels, "count": []}
         graph.output.extend(
-            helper.make_tensor_value_info(nodes.name(what), TensorProto.DOUBLE, size) for what, size in sizes.items()
+            helper.make_tensor_value_info(nodes.name(what), TensorProto.DOUBLE, shape) for what, shape in sizes.items()
         )
         self.before[str(node.output[0])] = nodes.made
         return int(wide)

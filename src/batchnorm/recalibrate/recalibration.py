@@ -142,7 +142,7 @@ def _finish(
     if not statistics and not totals.moments:
         raise OptionError("the model must have batch normalization with running statistics, none was found")
     view.write(new, totals.batches)
-    moved = tuple(compared(one, float(np.max(totals.moments[one].count)), pair) for one, pair in new.items())
+    moved = tuple(compared(one, float(totals.moments[one].count), pair) for one, pair in new.items())
     rest = [one for one in dict.fromkeys([*statistics, *totals.moments]) if one not in new]
     left = tuple(Left(one.name, one.fixed or _why_left(totals.moments.get(one))) for one in rest)
     return Recalibration(view.model, moved, left, totals.batches, totals.samples, passes, totals.settled)
@@ -165,13 +165,12 @@ def _new(totals: Totals, prior: float | None) -> dict[Statistics, Pair]:
 
 def _mixed(one: Statistics, moments: Moments, share: float) -> Pair:
     """Merge the stored statistics in, as ``share`` times as many values as were measured."""
-    assert one.mean is not None  # noqa: S101
-    assert one.variance is not None  # noqa: S101
+    mean, variance = one.pair
     if isinf(share):
-        return one.mean, one.variance
+        return mean, variance
     weight = share * moments.count
     # the variance as stored is the best guess of that of the population
-    total = moments if share == 0 else moments.merge(Moments(weight, one.mean, one.variance * weight))
+    total = moments if share == 0 else moments.merge(Moments(weight, mean, variance * weight))
     return total.mean, total.unbiased_variance if one.unbiased else total.variance
 
 

@@ -80,10 +80,9 @@ class Recalibration:
 
 def compared(one: Statistics, values: float, new: Pair) -> Moved:
     """Return how far the statistics of a layer have moved."""
-    assert one.mean is not None  # noqa: S101
-    assert one.variance is not None  # noqa: S101
+    mean, variance = one.pair
     tiny = np.finfo(np.float64).tiny
     after = new[1] + one.eps + tiny
-    shift = np.abs(new[0] - one.mean) / np.sqrt(after)
-    ratio = after / np.maximum(one.variance + one.eps, tiny)
+    shift = np.abs(new[0] - mean) / np.sqrt(after)
+    ratio = after / np.maximum(variance + one.eps, tiny)
     return Moved(one.name, values, float(shift.max(initial=0.0)), (float(ratio.min()), float(ratio.max())))

@@ -37,9 +37,7 @@ def caller(model: nn.Module, forward: Callable[..., Any] | None) -> Callable[[An
 
 
 def _call(model: nn.Module, parameters: list[inspect.Parameter], batch: Any) -> Any:
-    named = batch
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        named = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    named = _fields_of(batch) if _is_record(batch) else batch
     if isinstance(named, Mapping):
         anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
         known = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
@@ -57,9 +55,17 @@ def _is_enough(parameters: list[inspect.Parameter], given: Mapping[str, Any]) ->
     return all(p.name in given for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
+def _is_record(batch: Any) -> bool:
+    return dataclasses.is_dataclass(batch) and not isinstance(batch, type)
+
+
+def _fields_of(record: Any) -> dict[str, Any]:
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+
+
 def moved(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """Return a batch on a device; arrays of NumPy become tensors, real ones in the dtype of the model."""
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+    if _is_record(batch):
         fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch) if field.init}
         return dataclasses.replace(batch, **moved(fields, device, dtype))
     if isinstance(batch, Mapping) and not isinstance(batch, dict):
@@ -71,7 +77,7 @@ def _moved(leaf: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "fiub":
         tensor = torch.as_tensor(leaf)
         return tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
-    if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+    if _is_record(leaf):
         return moved(leaf, device, dtype)
     # packed sequences, encodings, graphs
     return leaf.to(device) if hasattr(leaf, "to") and not isinstance(leaf, nn.Module | type) else leaf
@@ -81,8 +87,8 @@ def samples_of(batch: Any) -> int:
     """Return the size of the first axis of the first tensor in a batch; 1 where there is none."""
     if isinstance(batch, Tensor | np.ndarray):
         return len(batch) if batch.ndim else 1
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        batch = [getattr(batch, field.name) for field in dataclasses.fields(batch)]
+    if _is_record(batch):
+        batch = _fields_of(batch)
     items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
     sizes = [samples_of(item) for item in items if isinstance(item, Tensor | np.ndarray | Mapping | tuple | list)]
     return sizes[0] if sizes else 1

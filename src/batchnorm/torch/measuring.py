@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from batchnorm.errors import BatchNormError, DataError
 from batchnorm.moments import Moments
-from batchnorm.protocol import Measure, Measured, Pair, Statistics
+from batchnorm.protocol import Measure, Measured, Pair, Statistics, note
 from batchnorm.torch.batches import caller, moved, samples_of
 from batchnorm.torch.evaluation import untraced
 from batchnorm.torch.layers import BatchNorm
@@ -116,12 +116,7 @@ class _Watch(TorchFunctionMode):
             found = Moments.of(x, "spatial", weights)
             count = torch.as_tensor(found.count).max().item()
             moments = Moments(count, found.mean.cpu().numpy(), found.m2.cpu().numpy())
-        if not np.isfinite(moments.mean + moments.m2).all():
-            raise DataError(
-                f"what reaches layer {one.name!r} must be finite, it holds inf or NaN: look for them in the data, or in the "
-                "weights of the layers before"
-            )
-        self.found[one] = self.found.get(one, Moments.empty()).merge(moments)
+        note(self.found, one, moments)
         if moments.count:
             self.centres[one] = moments.mean
         mean, var = one.key[:2]
