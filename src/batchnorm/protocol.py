@@ -12,6 +12,7 @@ from batchnorm.arrays import Array
 from batchnorm.errors import DataError
 from batchnorm.graph import Graph, Norm, Weights
 from batchnorm.moments import Moments
+from batchnorm.states import BatchSizes, Mend, NormState, Optimization, Rehearsal
 
 __all__ = [
     "Border",
@@ -261,5 +262,63 @@ class Model(Protocol):
         Args:
             statistics: the new mean and variance of layers.
             batches: how many they were measured on.
+        """
+        ...
+
+    # -- how its normalization stands, for `check` -------------------------------------------------------------------
+
+    @property
+    def training(self) -> bool | None:
+        """Whether the model is in training mode; ``None`` for one that has no modes, and ``False`` for one that only infers."""
+        ...
+
+    def states(self) -> list[NormState]:
+        """List the batch normalization layers in the order of definition, each once."""
+        ...
+
+    def example_of(self, batch: Any) -> Any:
+        """Return what a batch of a data set calls the model with, as an example."""
+        ...
+
+    def rehearse(self, example: Any) -> Rehearsal:
+        """Make one step of training on an example, in a copy, and tell what was seen.
+
+        Raises:
+            OptionError: the model can't be trained, or fails on the example in training.
+        """
+        ...
+
+    def batch_sizes(self, loader: Any) -> BatchSizes:
+        """Return the sizes of the batches of a loader, without reading a sample where that is possible.
+
+        Raises:
+            OptionError: a loader that does not tell.
+        """
+        ...
+
+    def optimization(self, optimizer: Any) -> Optimization:
+        """Return what an optimizer does to the batch normalization of the model.
+
+        Raises:
+            OptionError: an optimizer of another framework, or one that does not hold the model's parameters.
+        """
+        ...
+
+    def mend(self, mends: Mapping[str, Mend]) -> None:
+        """Set layers of the model right, in place, all or none.
+
+        Args:
+            mends: by the name of the layer.
+
+        Raises:
+            OptionError: something that can't be mended in place.
+        """
+        ...
+
+    def spare(self, optimizer: Any) -> int:
+        """Take the weight decay off γ and β in an optimizer, in place, and return how many parameters it was.
+
+        Raises:
+            OptionError: an optimizer that can't be changed.
         """
         ...
