@@ -9,7 +9,7 @@ from batchnorm.check.report import ERROR, Finding
 from batchnorm.check.rules import rule
 from batchnorm.check.statistics import RECALIBRATE
 from batchnorm.check.subject import MissingError, Subject
-from batchnorm.observe import Observed
+from batchnorm.observed import Observed
 from batchnorm.states import NormState
 
 __all__ = ["output_error"]

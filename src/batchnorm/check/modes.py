@@ -8,7 +8,7 @@ from batchnorm.check.report import ERROR, WARNING, Finding
 from batchnorm.check.rules import rule
 from batchnorm.check.subject import MissingError, Subject
 from batchnorm.moments import Moments
-from batchnorm.observe import Observed, divergence
+from batchnorm.observed import Observed, divergence
 from batchnorm.states import NormState
 
 __all__: list[str] = []
