@@ -1,6 +1,7 @@
 """Mend what a report has found, where that is safe."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from batchnorm.check.mended import Left, Mended, Step
@@ -70,7 +71,7 @@ class _Work:
             layers = self.codes.get(code, [])
             mends = {name: setting(self.subject, name) for name in layers if name in self.subject.by_name}
             if mends:
-                self._try(code, list(mends), lambda mends=mends: self.subject.view.mend(mends), self._said(what, mends))
+                self._try(code, list(mends), partial(self.subject.view.mend, mends), self._said(what, mends))
 
     def _said(self, what: str, mends: dict[str, Mend]) -> str:
         decays = [mend.decay for mend in mends.values() if mend.decay is not None]

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from batchnorm.errors import OptionError
 from batchnorm.states import Rehearsal
-from batchnorm.torch.evaluation import call, copied, kept_generators, tensors_of
+from batchnorm.torch.evaluation import call, copied, kept_generators, silent, tensors_of
 from batchnorm.torch.graphs import own_buffers, structural_copy
 from batchnorm.torch.statistics import statistics_modules
 
@@ -53,7 +53,7 @@ def rehearse(model: nn.Module, example: Any) -> Rehearsal:
         if not model.training:
             twin.train()
         try:
-            with kept_generators():
+            with kept_generators(), silent():
                 return _rehearse(twin, copied(example))
         except Exception as error:
             problem = problem or error
