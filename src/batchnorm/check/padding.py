@@ -34,7 +34,7 @@ def padding(subject: Subject) -> Iterator[Finding]:
             yield Finding(
                 "BN112",
                 observed.layer,
-                f"{share:.0%} of the places that it measures are padding: one constant up to the end, in sequences of different "
+                f"{share:.0%} of the places that it measures are padding: one constant up to the end, in sequences of unequal "
                 f"length; without it, normalized values would be {np.sqrt(effect):.2g} deviations elsewhere.",
                 "Hand it a mask: convert(model), and layer(x, mask=…) or layer(x, lengths=…).",
                 ERROR,
@@ -67,7 +67,7 @@ def _runs(rows: np.ndarray) -> np.ndarray:
         if counts.max() < max(2, 0.1 * len(rows)):
             continue
         same: Any = np.equal(rows[:, : last + 1], vectors[counts.argmax()]).all(axis=-1)
-        run = np.logical_and.accumulate(same[:, ::-1], axis=1)[:, ::-1]
+        run: Any = np.logical_and.accumulate(same[:, ::-1], axis=1)[:, ::-1]
         run[run.sum(1) < 2] = False
         if run.sum() > best.sum():
             best = np.zeros(rows.shape[:2], bool)
