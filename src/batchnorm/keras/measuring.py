@@ -8,11 +8,12 @@ import keras
 import numpy as np
 
 from batchnorm.errors import BatchNormError, DataError, OptionError
-from batchnorm.keras.internals import as_array, parts, quietly, told, untraced
+from batchnorm.keras.internals import as_array, graph_of, quietly, told, untraced
+from batchnorm.keras.naming import norms_of, numbers_of
 from batchnorm.moments import Moments
 from batchnorm.protocol import Measure, Measured, Pair, Statistics, note
 
-__all__ = ["batches_of", "measuring", "stored", "write"]
+__all__ = ["batches_of", "entering", "measuring", "stored", "write"]
 
 # numbers that are looked at together, in float64
 BLOCK = 2**20
@@ -24,26 +25,28 @@ def stored(model: Any) -> list[Statistics]:
     Raises:
         OptionError: a layer that is not built.
     """
-    return [
-        _statistics(layer)
-        for layer in dict.fromkeys(parts(model))
-        if isinstance(layer, keras.layers.BatchNormalization)
-    ]
+    return [_statistics(layer, name) for layer, name in norms_of(model).items()]
 
 
-def _statistics(layer: Any) -> Statistics:
-    if not layer.built:
-        raise OptionError(
-            f"layer {layer.name!r} must be built, so that it knows its channels: call the model once first"
-        )
-    mean, variance = (as_array(v.value).astype(np.float64) for v in (layer.moving_mean, layer.moving_variance))
+def _statistics(layer: Any, name: str) -> Statistics:
+    mean, variance, *_ = numbers_of(layer)
     fixed = "" if layer.trainable else "it is frozen: set trainable = True first if it shall move"
-    return Statistics(layer.path, mean, variance, float(layer.epsilon), unbiased=False, fixed=fixed, key=layer)
+    return Statistics(name, mean, variance, float(layer.epsilon), unbiased=False, fixed=fixed, key=layer)
 
 
 def batches_of(data: Any) -> Any:
     """Return what yields the batches of a ``PyDataset``, which is no iterable; anything else as it is."""
     return _Indexed(data) if isinstance(data, keras.utils.PyDataset) else data
+
+
+def entering(model: Any, batch: Any) -> Any:
+    """Return what a batch of a data set calls a model with: Keras's own order is inputs, targets, weights."""
+    if isinstance(batch, tuple):
+        return batch[0] if batch else batch
+    graph = graph_of(model)
+    several = 0 if graph is None else len(graph.inputs)
+    # loaders of torch make lists; a model of several inputs may be given them as one
+    return batch[0] if isinstance(batch, list) and batch and len(batch) != several else batch
 
 
 class _Indexed:
@@ -92,8 +95,7 @@ def measuring(
 
     def measure(batch: Any, use: Mapping[Statistics, Pair] | None) -> Measured:
         watch.use, watch.found = use, {}
-        # Keras's own order: inputs, targets, weights
-        x = batch[0] if isinstance(batch, tuple) and forward is None else batch
+        x = entering(model, batch) if forward is None else batch
         try:
             if forward is None:
                 model(x, training=False)
