@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from batchnorm.fold import strip_bias as strip_bias
     from batchnorm.lab import compare as compare
     from batchnorm.moments import Moments as Moments
+    from batchnorm.observe import observe as observe
     from batchnorm.recalibrate import recalibrate as recalibrate
     from batchnorm.summary import summary as summary
 
@@ -30,6 +31,7 @@ __all__ = [
     "compare",
     "fold",
     "functional",
+    "observe",
     "prune",
     "recalibrate",
     "strip_bias",
@@ -45,6 +47,7 @@ open_lazily(
         "compare": ("batchnorm.lab.compare", "lab"),
         "fold": ("batchnorm.fold", ""),
         "functional": ("batchnorm.functional", ""),
+        "observe": ("batchnorm.observe", ""),
         "prune": ("batchnorm.fold", ""),
         "recalibrate": ("batchnorm.recalibrate", ""),
         "strip_bias": ("batchnorm.fold", ""),

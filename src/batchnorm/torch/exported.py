@@ -1,7 +1,7 @@
 """A ``torch.export`` program, seen through the `Model` protocol: as the module it is made of, exported again at the end."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from batchnorm.errors import OptionError
 from batchnorm.graph import Graph
 from batchnorm.protocol import Changes, Layer, Measure, Pair, Statistics
+from batchnorm.states import Rate
 from batchnorm.torch.evaluation import Inputs
 from batchnorm.torch.model import TorchModel
 
@@ -83,14 +84,22 @@ class ExportedModel:
         return self._view.batches(data)
 
     def measuring(
-        self, statistics: list[Statistics], forward: Any | None, device: Any
+        self, statistics: list[Statistics], forward: Any | None, device: Any, *, watch: bool = False
     ) -> AbstractContextManager[Measure]:
         """Run the program and measure the inputs of its layers."""
-        return self._view.measuring(statistics, forward, device)
+        return self._view.measuring(statistics, forward, device, watch=watch)
 
     def write(self, statistics: Mapping[Statistics, Pair], batches: int) -> None:
         """Store new statistics in the program, all or none."""
         self._view.write(statistics, batches)
+
+    def rates(self, optimizer: Any, layers: Sequence[str]) -> list[Rate]:
+        """Refuse: a program is not trained.
+
+        Raises:
+            OptionError: always.
+        """
+        raise OptionError("an exported program is not trained: leave optimizer out, or give the model it was made of")
 
     @property
     def precision(self) -> str:

@@ -1,6 +1,6 @@
 """A torch module, seen through the `Model` protocol."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from batchnorm.errors import OptionError
 from batchnorm.graph import Graph
 from batchnorm.protocol import Changes, Layer, Measure, Pair, Statistics
+from batchnorm.states import Rate
 from batchnorm.torch.batches import batches_of
 from batchnorm.torch.evaluation import Inputs, call, copied, tensors_of, untraced
 from batchnorm.torch.events import Recording
@@ -20,6 +21,7 @@ from batchnorm.torch.graphs import own_buffers, structural_copy
 from batchnorm.torch.measuring import measuring
 from batchnorm.torch.picture import draw
 from batchnorm.torch.preparing import Prepared, prepare, replace_module
+from batchnorm.torch.rates import rates
 from batchnorm.torch.rewriting import rewrite
 from batchnorm.torch.statistics import stored, unwrapped, write
 
@@ -176,14 +178,18 @@ class TorchModel:
         return batches_of(data)
 
     def measuring(
-        self, statistics: list[Statistics], forward: Any | None, device: Any
+        self, statistics: list[Statistics], forward: Any | None, device: Any, *, watch: bool = False
     ) -> AbstractContextManager[Measure]:
         """Run the module in evaluation and measure the inputs of layers."""
-        return measuring(unwrapped(self.model), statistics, forward, device)
+        return measuring(unwrapped(self.model), statistics, forward, device, every=watch)
 
     def write(self, statistics: Mapping[Statistics, Pair], batches: int) -> None:
         """Copy new statistics into the buffers, all or none."""
         write(statistics, batches)
+
+    def rates(self, optimizer: Any, layers: Sequence[str]) -> list[Rate]:
+        """Return how fast an optimizer turns the weights of linear layers."""
+        return rates(unwrapped(self.model), optimizer, layers)
 
     def layers(self, example: Any | None) -> list[Layer]:
         """List the leaf modules, and those that hold parameters themselves, in the order of their calls on ``example``."""
