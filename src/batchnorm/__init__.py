@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from batchnorm import functional as functional
     from batchnorm.affine import Affine as Affine
+    from batchnorm.check import check as check
     from batchnorm.errors import BatchNormError as BatchNormError
     from batchnorm.fold import fold as fold
     from batchnorm.fold import prune as prune
@@ -28,6 +29,7 @@ __all__ = [
     "Affine",
     "BatchNormError",
     "Moments",
+    "check",
     "compare",
     "fold",
     "functional",
@@ -44,6 +46,7 @@ open_lazily(
         "Affine": ("batchnorm.affine", ""),
         "BatchNormError": ("batchnorm.errors", ""),
         "Moments": ("batchnorm.moments", ""),
+        "check": ("batchnorm.check", ""),
         "compare": ("batchnorm.lab.compare", "lab"),
         "fold": ("batchnorm.fold", ""),
         "functional": ("batchnorm.functional", ""),

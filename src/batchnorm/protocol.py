@@ -309,6 +309,11 @@ class Model(Protocol):
         """Whether the model is in training mode; ``None`` for one that has no modes, and ``False`` for one that only infers."""
         ...
 
+    @property
+    def learns(self) -> bool:
+        """Whether any parameter of the model gets a gradient."""
+        ...
+
     def states(self) -> list[NormState]:
         """List the batch normalization layers in the order of definition, each once."""
         ...
