@@ -17,7 +17,7 @@ from batchnorm.models import adapt
 from batchnorm.protocol import Changes
 from batchnorm.tables import table
 
-__all__ = ["StripResult", "Stripped", "strip_bias"]
+__all__ = ["StripResult", "Stripped", "redundant_biases", "strip_bias"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +99,13 @@ def strip_bias(model: Any, example: Any | None = None, *, inplace: bool = False)
         before.change(stripper.changes)
         after = before
     return StripResult(after.model, tuple(stripper.stripped), tuple(stripper.kept), error)
+
+
+def redundant_biases(graph: Graph) -> list[Stripped]:
+    """List the biases of a network that a normalization after them subtracts again."""
+    stripper = _Stripper(graph)
+    stripper.strip()
+    return stripper.stripped
 
 
 class _Stripper:

@@ -1,6 +1,6 @@
 """A Keras model, seen through the `Model` protocol."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -25,8 +25,10 @@ from batchnorm.keras.internals import (
 )
 from batchnorm.keras.measuring import batches_of, measuring, stored, write
 from batchnorm.keras.picture import Key, Path, Picture, draw
+from batchnorm.keras.rates import rates
 from batchnorm.keras.rebuilding import Edits, rebuilt
 from batchnorm.protocol import Changes, Layer, Measure, Pair, Statistics, random_arrays
+from batchnorm.states import Rate
 
 __all__ = ["KerasModel"]
 
@@ -176,14 +178,18 @@ class KerasModel:
         return batches_of(data)
 
     def measuring(
-        self, statistics: list[Statistics], forward: Any | None, device: Any
+        self, statistics: list[Statistics], forward: Any | None, device: Any, *, watch: bool = False
     ) -> AbstractContextManager[Measure]:
         """Run the model in evaluation and measure the inputs of layers."""
-        return measuring(self.model, statistics, forward, device)
+        return measuring(self.model, statistics, forward, device, every=watch)
 
     def write(self, statistics: Mapping[Statistics, Pair], batches: int) -> None:
         """Assign new moving statistics in the model itself, all or none."""
         write(statistics)
+
+    def rates(self, optimizer: Any, layers: Sequence[str]) -> list[Rate]:
+        """Return how fast an optimizer turns the kernels of linear layers."""
+        return rates(self.model, optimizer, layers)
 
     def cast(self, precision: str) -> "KerasModel | None":
         """Return a copy that computes in ``precision`` throughout; ``None`` where a layer does not."""

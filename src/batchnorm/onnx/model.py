@@ -1,7 +1,7 @@
 """An ONNX model, seen through the `Model` protocol."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,6 +21,7 @@ from batchnorm.onnx.shapes import Shapes, feeds, random_feeds, skeleton
 from batchnorm.onnx.tensors import FLOATS, check_tensor, rounded, tensors
 from batchnorm.onnx.widening import widened
 from batchnorm.protocol import Changes, Layer, Measure, Pair, Statistics, random_arrays
+from batchnorm.states import Rate
 
 __all__ = ["OnnxModel"]
 
@@ -171,7 +172,7 @@ class OnnxModel:
         return data
 
     def measuring(
-        self, statistics: list[Statistics], forward: Any | None, device: Any
+        self, statistics: list[Statistics], forward: Any | None, device: Any, *, watch: bool = False
     ) -> AbstractContextManager[Measure]:
         """Run a copy of the model and measure the inputs of layers.
 
@@ -182,7 +183,7 @@ class OnnxModel:
             raise OptionError(
                 "an ONNX model is run by onnxruntime: leave forward and device out, and prepare the batches"
             )
-        return measuring(self._model, statistics)
+        return measuring(self._model, statistics, every=watch)
 
     def write(self, statistics: Mapping[Statistics, Pair], batches: int) -> None:
         """Put new statistics into the initializers, all or none.
@@ -203,6 +204,14 @@ class OnnxModel:
         index = Index(self._model)
         scope, node = index.find(one.key.key.site)
         return [c.elem_type for name in node.input[3:5] if (c := index.constant(scope, name)) is not None]
+
+    def rates(self, optimizer: Any, layers: Sequence[str]) -> list[Rate]:
+        """Refuse: an ONNX model is not trained.
+
+        Raises:
+            OptionError: always.
+        """
+        raise OptionError("an ONNX model is not trained: leave optimizer out, or give the model it was exported from")
 
     def cast(self, precision: str) -> "OnnxModel | None":
         """Return a copy that computes in float64; ``None`` for other dtypes, or where an operator can't."""

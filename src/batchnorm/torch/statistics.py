@@ -14,7 +14,7 @@ from batchnorm.errors import OptionError
 from batchnorm.protocol import Pair, Statistics
 from batchnorm.torch.layers import BatchNorm
 
-__all__ = ["Buffers", "discovered", "stored", "unwrapped", "write"]
+__all__ = ["Buffers", "discovered", "statistics_modules", "stored", "unwrapped", "write"]
 
 
 class Buffers(NamedTuple):
@@ -45,13 +45,21 @@ def stored(model: nn.Module) -> list[Statistics]:
         OptionError: a layer that does not know its size yet.
     """
     found: dict[int, Statistics] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) or _keeps_statistics(module):
-            statistics = _statistics(name or type(module).__name__, module, model.training)
-            # two layers may share their statistics
-            key = id(module) if statistics.key is None else id(statistics.key.mean)
-            found.setdefault(key, statistics)
+    for name, module in statistics_modules(model):
+        statistics = _statistics(name, module, model.training)
+        # two layers may share their statistics
+        key = id(module) if statistics.key is None else id(statistics.key.mean)
+        found.setdefault(key, statistics)
     return list(found.values())
+
+
+def statistics_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """List batch normalization layers and modules that keep a running mean and variance, with their names."""
+    return [
+        (name or type(module).__name__, module)
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) or _keeps_statistics(module)
+    ]
 
 
 def discovered(model: nn.Module, mean: Tensor, var: Tensor, eps: float) -> Statistics:
