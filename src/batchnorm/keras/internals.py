@@ -179,8 +179,10 @@ def as_array(x: Any) -> np.ndarray:
 
 
 def told(error: Exception) -> str:
-    """Return the first line of what an error says."""
-    return str(error).strip().split("\n")[0][:300]
+    """Return the first line of what an error says; behind what Keras puts before it."""
+    lines = [line for line in re.sub(r"\x1b\[\d*m", "", str(error)).strip().split("\n") if line.strip()] or [""]
+    wrapped = lines[0].startswith("Exception encountered when calling") and len(lines) > 1
+    return " ".join(lines[: 2 if wrapped else 1])[:300]
 
 
 @contextmanager
