@@ -179,13 +179,13 @@ def _observation(
     known: Mapping[str, NormState],
     optimizer: Any,
 ) -> Observation:
-    found = []
+    found, ulp = [], rounding(view.precision)
     for one in layers:
         parts = [pack["parts"][one.name] for pack in packed if one.name in pack["parts"]]
         part = _merged(parts)
         if part is not None and any(m.count > 0 for m in part.calls):
             own, state = total.layers.get(one), known.get(one.name)
-            found.append(_judged(view, one, part, state, None if own is None else own.inputs))
+            found.append(_judged(one, part, ulp, state, None if own is None else own.inputs))
     reached = {one.layer for one in found}
     return Observation(
         tuple(found),
@@ -197,8 +197,7 @@ def _observation(
     )
 
 
-def _judged(view: Model, one: Statistics, part: Part, state: NormState | None, inputs: np.ndarray | None) -> Observed:
-    ulp = rounding(view.precision)
+def _judged(one: Statistics, part: Part, ulp: float, state: NormState | None, inputs: np.ndarray | None) -> Observed:
     if state is None:
         return judged(one, part, ulp=ulp, inputs=inputs)
     return judged(one, part, ulp=ulp, gamma=state.gamma, beta=state.beta, eps=state.eps, inputs=inputs)
