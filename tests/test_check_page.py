@@ -278,9 +278,12 @@ def test_numbers_and_names_are_short():
     assert drawings.short("layer1.0.bn1", 6) == "…0.bn1"
 
 
-def test_a_finding_in_a_layer_that_nobody_knows_has_a_cell():
-    report = Report((Finding("BN103", "ghost", "It is.", "Chase it."),), (), (), ("bn",))
-    assert 'title="ghost"' in as_page(report, "net.onnx")
+def test_a_finding_beside_the_norms_has_no_cell():
+    report = Report((Finding("BN301", "conv", "It is.", "Strip it.", "note"),), (), (), ("bn",))
+    page = as_page(report, "net.onnx")
+    assert 'title="conv"' not in page
+    assert '<li id="finding-0" class="code" tabindex="-1">conv</li>' in page
+    assert "1 note in layers beside them." in page
 
 
 def _rgb(color):
