@@ -17,7 +17,7 @@ class Case(NamedTuple):
 
     model: nn.Module
     layer: str = ""
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = {}  # noqa: RUF012 - never written to
 
 
 CASES: dict[str, list[tuple[Callable[[], Case], Callable[[], Case]]]] = {}

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from check_fixtures import Case, cases, values_of
 
 import batchnorm as bn
 from batchnorm.check import RULES
+from check_fixtures import Case, cases, values_of
 
 
 @pytest.mark.parametrize(

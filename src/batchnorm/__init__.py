@@ -14,8 +14,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from batchnorm import functional as functional
     from batchnorm.affine import Affine as Affine
-    from batchnorm.errors import BatchNormError as BatchNormError
     from batchnorm.check import check as check
+    from batchnorm.errors import BatchNormError as BatchNormError
     from batchnorm.fold import fold as fold
     from batchnorm.fold import prune as prune
     from batchnorm.fold import strip_bias as strip_bias

@@ -56,7 +56,7 @@ def network(seed: int, *, dropout: float = 0.0, checkpointed: bool = False, **la
     rng = np.random.default_rng(seed)
     depth, width = int(rng.integers(3, 7)), int(rng.choice([16, 24, 32]))
     blocks: list[nn.Module] = []
-    if rng.random() < 0.5:  # noqa: PLR2004 - half of them
+    if rng.random() < 0.5:
         channels = 1
         for number in range(depth):
             stride = 2 if number in (1, 3) else 1
@@ -102,7 +102,7 @@ def fit(model: nn.Module, x: Tensor, y: Tensor, seed: int, steps: int = STEPS, r
     for _ in range(steps):
         rows = torch.randint(len(x), (BATCH,), generator=generator)
         optimizer.zero_grad()
-        F.cross_entropy(model(x[rows]), y[rows]).backward()
+        torch.autograd.backward(F.cross_entropy(model(x[rows]), y[rows]))
         optimizer.step()
         schedule.step()
     return model.eval()

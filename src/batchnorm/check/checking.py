@@ -1,6 +1,6 @@
 """The verb `check`: run every rule whose needs are met, and list the others."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from batchnorm.check import gap, modes, padding, statistics, training, waste
@@ -27,7 +27,11 @@ def check(
     training: bool | None = None,
     select: str | Iterable[str] | None = None,
     ignore: str | Iterable[str] | None = None,
-    **options: Any,
+    forward: Callable[..., Any] | None = None,
+    batches: int | None = None,
+    samples: int | None = None,
+    device: Any = None,
+    progress: bool = False,
 ) -> Report:
     """Find what is wrong with the normalization of a model, where, and how to mend it.
 
@@ -44,7 +48,11 @@ def check(
             other arguments say.
         select: codes, or beginnings of codes as ``"BN1"``, of the rules to run; all, if ``None``.
         ignore: codes, or beginnings of codes, of rules to leave out.
-        options: of `observe`, for the pass over the data: ``batches``, ``samples``, ``forward``, ``device``, ``progress``.
+        forward: for the pass over the data, as in `observe`.
+        batches: read at most these batches of the data.
+        samples: stop when so many samples were read.
+        device: where batches are moved to; where the model is, if ``None``.
+        progress: show a progress bar.
 
     Returns:
         `Report`: findings, worst first; ``not_run``, ``problems``, ``fix()``; prints as text.
@@ -63,7 +71,8 @@ def check(
     """
     chosen = _chosen(_words(select), _words(ignore))
     given = {"example": example, "data": data, "optimizer": optimizer, "loader": loader, "training": training}
-    subject = Subject(adapt(model), **given, **options)
+    reading = {"forward": forward, "batches": batches, "samples": samples, "device": device, "progress": progress}
+    subject = Subject(adapt(model), **given, **reading)
     findings: list[Finding] = []
     not_run: list[NotRun] = []
     for rule in chosen:

@@ -1,4 +1,4 @@
-"""Rule 103: running statistics that are not those of the data, and why: what a gap between training and evaluation comes from."""
+"""Rule 103: running statistics that are not those of the data, and what that comes from."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ def far_from_data(subject: Subject) -> Iterator[Finding]:
             gap.cure,
             ERROR,
             size + gap.root,
-            {"output error": gap.error, "divergence": gap.observed.distance},
+            {"output error": gap.error, "divergence": gap.observed.distance or 0.0},
         )
 
 
@@ -109,11 +109,11 @@ def _power(observed: Observed) -> str:
     assert observed.stored_variance is not None  # noqa: S101
     real, stored = observed.variance + observed.eps, observed.stored_variance
     known = (real > 0) & (stored > 0)
-    if known.sum() < 4 or np.ptp(np.log(real[known])) < 1:  # noqa: PLR2004 - enough spread to tell powers apart
+    if known.sum() < 4 or np.ptp(np.log(real[known])) < 1:
         return ""
     x, y = np.log(real[known]), np.log(stored[known])
     for power, name in ((0.5, "the root"), (-0.5, "one over the root"), (-1.0, "one over that"), (2.0, "the square")):
-        if np.abs(y - power * x).max() < 0.1:  # noqa: PLR2004 - in all channels
+        if np.abs(y - power * x).max() < 0.1:
             return name
     return ""
 
@@ -172,14 +172,16 @@ def _explain_together(gaps: list[_Gap], wrong: list[_Gap], subject: Subject) -> 
     behind = [max(gap.error, WRONG / 10) for gap in gaps[1:]]
     first, others = gaps[0], wrong[1:]
     if wrong[0] is first and (not behind or first.error >= AT_THE_DOOR * float(np.median(behind))):
-        first.cause = "other data than it was trained on, or statistics that were overwritten, as it is the first layer that is off"
+        first.cause = (
+            "other data than it was trained on, or statistics overwritten, as it is the first layer that is off"
+        )
         first.cure = f"Prepare the data as in training; if this data is what the model will meet, {RECALIBRATE}."
         _blame(first, others)
     elif len(wrong) > len(gaps) / 2:
         for gap in wrong:
             gap.cause = (
-                "its statistics were measured with other weights (trained on with statistics that stood still, averaged, pruned, "
-                "rounded, or of another checkpoint), as most layers are off"
+                "statistics of other weights (trained on while statistics stood still, averaged, pruned, rounded, of another "
+                "checkpoint), as most layers are off"
             )
             gap.cure = f"{RECALIBRATE[0].upper()}{RECALIBRATE[1:]}."
     else:

@@ -29,7 +29,7 @@ def thawed(subject: Subject) -> Iterator[Finding]:
             state.name,
             "its γ and β are frozen, but not its running statistics: they move with every batch in training, so that what was "
             "frozen drifts to other data.",
-            "freeze(layer) keeps both, whatever .train() is called later; where they have moved, load them from the checkpoint.",
+            "freeze(layer) keeps both, whatever .train() is called later; load what has moved from the checkpoint.",
             ERROR,
             5.0,
         )
@@ -97,7 +97,7 @@ def mixed_modes(subject: Subject) -> Iterator[Finding]:
     evaluates = subject.view.training is not True
     told = set()
     for state in subject.states:
-        if state.mean is None or state.frozen and not state.by_batch:
+        if state.mean is None or (state.frozen and not state.by_batch):
             continue
         if evaluates and state.by_batch:
             told.add(state.name)
@@ -148,7 +148,7 @@ def _hard_wired(subject: Subject, told: set[str]) -> Iterator[Finding]:
 def swapped_momentum(subject: Subject) -> Iterator[Finding]:
     """Torch's momentum is the weight of the new batch, Keras's that of the past; swapped, one batch is all that is kept."""
     for state in subject.states:
-        if state.decay is None or state.decay >= 0.5 or not state.moves:  # noqa: PLR2004
+        if state.decay is None or state.decay >= 0.5 or not state.moves:
             continue
         own, other = (1 - state.decay, state.decay) if subject.framework == "torch" else (state.decay, 1 - state.decay)
         means = "of the new batch" if subject.framework == "torch" else "of the past"

@@ -1,6 +1,7 @@
 """Rule 112: zeros that fill up sequences, and are measured as if they were data."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ def padding(subject: Subject) -> Iterator[Finding]:
     """Places that hold one and the same vector up to the end, for some samples longer than for others, are padding."""
     for number, observed in enumerate(subject.observation.layers):
         x = None if observed.inputs is None else np.asarray(observed.inputs, np.float64)
-        if x is None or x.ndim < 3 or not np.isfinite(x).all():  # noqa: PLR2004 - places are behind samples and channels
+        if x is None or x.ndim < 3 or not np.isfinite(x).all():
             continue
         filled = _padding(x)
         if filled is None:
@@ -33,8 +34,8 @@ def padding(subject: Subject) -> Iterator[Finding]:
             yield Finding(
                 "BN112",
                 observed.layer,
-                f"{share:.0%} of the places that it measures are padding: one constant up to the end, in sequences of different "
-                f"lengths; without it, normalized values would be {np.sqrt(effect):.2g} deviations elsewhere.",
+                f"{share:.0%} of the places that it measures are padding: one constant up to the end, in sequences of unequal "
+                f"length; without it, normalized values would be {np.sqrt(effect):.2g} deviations elsewhere.",
                 "Hand it a mask: convert(model), and layer(x, mask=…) or layer(x, lengths=…).",
                 ERROR,
                 4.5 + 1.0 / (2 + number),
@@ -65,9 +66,9 @@ def _runs(rows: np.ndarray) -> np.ndarray:
         vectors, counts = np.unique(rows[:, last], axis=0, return_counts=True)
         if counts.max() < max(2, 0.1 * len(rows)):
             continue
-        same = (rows[:, : last + 1] == vectors[counts.argmax()]).all(-1)
-        run = np.logical_and.accumulate(same[:, ::-1], axis=1)[:, ::-1]
-        run[run.sum(1) < 2] = False  # noqa: PLR2004 - a single place is no run
+        same: Any = np.equal(rows[:, : last + 1], vectors[counts.argmax()]).all(axis=-1)
+        run: Any = np.logical_and.accumulate(same[:, ::-1], axis=1)[:, ::-1]
+        run[run.sum(1) < 2] = False
         if run.sum() > best.sum():
             best = np.zeros(rows.shape[:2], bool)
             best[:, : last + 1] = run

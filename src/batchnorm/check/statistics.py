@@ -178,7 +178,8 @@ def _stored_dead(state: NormState) -> np.ndarray:
     if share is None or (state.mean is not None and not state.mean.any() and share > DEAD):
         share = 0.0
     # float32 knows 1 to seven digits
-    return np.abs(state.variance - share) <= DEAD * state.eps + 1e-7 * share  # type: ignore[no-any-return]
+    dead: np.ndarray = np.abs(state.variance - share) <= DEAD * state.eps + 1e-7 * share
+    return dead
 
 
 def _observed_dead(subject: Subject) -> dict[str, np.ndarray]:

@@ -50,7 +50,7 @@ class Subject:
         self.view = view
         self.problems: list[str] = []
         self._example, self.data, self.optimizer, self._loader = example, data, optimizer, loader
-        self.options = {"progress": False} | options
+        self.options = options
         given = optimizer is not None or loader is not None
         self.trains = bool(view.training) or given if training is None else training
         self.infers = not self.trains if training is not None else not (self.trains or data is not None)
@@ -173,11 +173,11 @@ class Subject:
         batches = self._batches
         if hasattr(batches, "__next__"):
             if not hasattr(self, "_first"):
-                raise OptionError("the data must hold at least one batch, it is empty")
+                raise OptionError("the data must hold at least one batch, it is empty: is the iterator used up?")
             return self._first
         first = next(iter(Source(batches, 1, repeated=False)), None)
         if first is None:
-            raise OptionError("the data must hold at least one batch, it is empty")
+            raise OptionError("the data must hold at least one batch, it is empty: is the iterator used up?")
         return first
 
     # -- how it is trained ---------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ class Subject:
             # the others know the shapes of their inputs
             bare = self._example is None and self.data is None and self.framework == "torch"
             wanted = given == "example input" and bare
-            if said and isinstance(error, BatchNormError) and not wanted:
+            if said and isinstance(error, BatchNormError) and not wanted and problem not in self.problems:
                 self.problems.append(problem)
             return _raising(f"needs {needs}" if wanted else problem)
         return lambda: found

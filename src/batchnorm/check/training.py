@@ -107,8 +107,8 @@ def dropout_before(subject: Subject) -> Iterator[Finding]:
         yield Finding(
             "BN203",
             name,
-            f"dropout with rate {rate:g} stands {where}: in evaluation the variance falls to between {1 - rate:.2g} and 1 of what "
-            f"was measured in training{measured}.",
+            f"dropout with rate {rate:g} stands {where}: in evaluation the variance falls to between {1 - rate:.2g} and 1 of "
+            f"that in training{measured}.",
             "Put dropout behind the last norm, or measure without it: recalibrate(model, data).",
             ERROR if shifted else WARNING,
             5.0 + rate if shifted else rate,
@@ -144,8 +144,7 @@ def accumulated(subject: Subject) -> Iterator[Finding]:
         yield Finding(
             "BN204",
             "",
-            f"{told}: normalization sees batches of a {'half' if times < SEVERAL + 1 else f'{round(times)}th'} of the size that "
-            "the gradient stands for.",
+            f"{told}: normalization sees batches {times:.2g} times smaller than those that the gradient stands for.",
             "Count the small batch when choosing settings; accumulate(model) moves the statistics once a step; sync(model) or "
             "ghost batches make the sizes equal.",
             WARNING,

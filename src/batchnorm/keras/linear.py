@@ -177,10 +177,10 @@ _READERS: dict[Any, Callable[[Any, Shape, Any, Shape], list[Step] | None]] = {
 }
 
 
-def linear_before(layer: Any) -> str:
-    """Return the path of the linear layer whose output a layer is called with, and nothing else; empty where there is none."""
-    found = [str(before.path) if _is_linear(before) else "" for before in producers(layer)]
-    return found[0] if len(found) == 1 else ""
+def linear_before(layer: Any) -> Any | None:
+    """Return the linear layer whose output a layer is called with, and nothing else; ``None`` where there is none."""
+    found = list(producers(layer))
+    return found[0] if len(found) == 1 and _is_linear(found[0]) else None
 
 
 def _is_linear(layer: Any) -> bool:

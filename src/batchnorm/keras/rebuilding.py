@@ -55,7 +55,10 @@ def rebuilt(model: Any, edits: Edits) -> Any:
             if edits.dtype is not None:
                 keras.config.set_floatx(edits.dtype)
                 keras.config.set_dtype_policy(edits.dtype)
-            return _Builder(edits).model(model)
+            builder = _Builder(edits)
+            copy = builder.model(model)
+            builder.recompute()
+            return copy
         finally:
             keras.config.set_dtype_policy(policy[0])
             keras.config.set_floatx(policy[1])
@@ -145,6 +148,12 @@ class _Builder:
             return self._from_config(operation, operation.get_config())
         except Exception as error:
             raise _uncopied(operation, told(error)) from error
+
+    def recompute(self) -> None:
+        """Let the copies be computed again in the backward pass where their layers are (`keras.RematScope`)."""
+        for old, new in self.copies.values():
+            for part, twin in zip(parts(old), parts(new), strict=False):
+                twin._remat_mode = part._remat_mode
 
     def _replacement(self, norm: Any) -> Any:
         affine = self.edits.norms[id(norm)]

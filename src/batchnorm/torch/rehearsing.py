@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from batchnorm.errors import OptionError
 from batchnorm.states import Rehearsal
-from batchnorm.torch.evaluation import call, copied, kept_generators, tensors_of
+from batchnorm.torch.evaluation import call, copied, kept_generators, silent, tensors_of
 from batchnorm.torch.graphs import own_buffers, structural_copy
 from batchnorm.torch.statistics import statistics_modules
 
@@ -53,7 +53,7 @@ def rehearse(model: nn.Module, example: Any) -> Rehearsal:
         if not model.training:
             twin.train()
         try:
-            with kept_generators():
+            with kept_generators(), silent():
                 return _rehearse(twin, copied(example))
         except Exception as error:
             problem = problem or error
@@ -119,7 +119,8 @@ def _copies(module: nn.Module) -> list[Tensor]:
 
 
 def _equal(old: list[Tensor], new: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
+    # NaN stays NaN
+    return all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(old, new, strict=True))
 
 
 class _Watch(TorchFunctionMode):
