@@ -365,14 +365,12 @@ def test_a_page_needs_the_lab_and_says_so_before_anything_runs(folder, capsys, m
     assert "pip install 'batchnorm[lab]'" in capsys.readouterr().err
 
 
-def test_without_jinja_everything_else_runs(folder):
-    code = "import sys; sys.modules['jinja2'] = None; from batchnorm.cli import main; sys.exit(main(sys.argv[1:]))"
-    words = ["check", "nets:small", *SHAPE, "--select", "BN110", "--format", "sarif"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 1, done.stderr
-    assert json.loads(done.stdout)["runs"][0]["results"][0]["ruleId"] == "BN110"
+def test_without_jinja_everything_else_runs(folder, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "batchnorm.check.page", raising=False)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    for form in ("text", "json", "sarif"):
+        assert run("nets:small", *SHAPE, "--select", "BN110", "--format", form) == 1
+        assert "BN110" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("interrupted", ["report", "model"])
@@ -397,7 +395,7 @@ def test_what_was_there_stays_when_writing_is_stopped(folder, capsys, monkeypatc
 
 def test_ctrl_c_while_the_data_is_read_writes_nothing(folder):
     before = set(files(folder))
-    words = ["nets:healthy", "--data", "nets:slow", "-o", "out.html", "--fix", "out.pt"]
+    words = ["nets:healthy", "--data", "nets:slow", "--select", "BN103", "-o", "out.html", "--fix", "out.pt"]
     with subprocess.Popen(
         [sys.executable, "-m", "batchnorm", "check", *words], stderr=subprocess.PIPE, text=True
     ) as process:
@@ -410,12 +408,12 @@ def test_ctrl_c_while_the_data_is_read_writes_nothing(folder):
     assert set(files(folder)) == before | {"started"}
 
 
-def test_a_reader_that_has_heard_enough_is_no_error(folder):
-    command = f"{sys.executable} -m batchnorm check nets:small --format json | head -c 1; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
-    assert done.stdout == "{"
-    assert "Traceback" not in done.stderr
-    assert done.returncode in (1, 141)
+def test_a_reader_that_has_heard_enough_is_no_error():
+    words = [sys.executable, "-m", "batchnorm", "check", "--list"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (141, "")
 
 
 def test_the_model_is_the_one_that_the_verb_sees(folder, capsys):
