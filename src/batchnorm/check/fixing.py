@@ -14,17 +14,6 @@ from batchnorm.states import Mend
 
 __all__ = ["fix"]
 
-# what one layer is set to, by the code of the finding, and in words
-_SETTINGS: dict[str, tuple[Callable[[Subject, str], Mend | None], str]] = {
-    "BN104": (
-        lambda subject, name: Mend(freeze=True),
-        "running statistics are frozen, whatever .train() is called later",
-    ),
-    "BN106": (lambda subject, name: Mend(count_once=True), "a batch counts once under activation checkpointing"),
-    "BN108": (lambda subject, name: _of_the_model(subject, name), "the mode is that of the model"),
-    "BN109": (lambda subject, name: Mend(wide=True), "running statistics are kept in float32"),
-    "BN110": (lambda subject, name: Mend(decay=_swapped(subject, name)), "momentum is {momentum:.4g} now"),
-}
 # what new statistics mend
 _STATISTICS = ("BN101", "BN102", "BN103", "BN203", "BN110", "BN104")
 _NOT_SAFE = {
@@ -32,6 +21,30 @@ _NOT_SAFE = {
     "BN111": "which ε is right is known to who converted it: set eps",
     "BN112": "a mask must be handed to the layer",
     "BN304": "prune(model, example, threshold=…) changes the sizes of layers",
+}
+
+
+def _mode(subject: Subject, name: str) -> Mend | None:
+    state, trains = subject.by_name[name], subject.view.training is True
+    return Mend(training=trains) if state.training != trains else None
+
+
+def _swapped(subject: Subject, name: str) -> float:
+    decay = subject.by_name[name].decay
+    assert decay is not None  # noqa: S101
+    return 1.0 - decay
+
+
+# what one layer is set to, by the code of the finding, and in words
+_SETTINGS: dict[str, tuple[Callable[[Subject, str], Mend | None], str]] = {
+    "BN104": (
+        lambda subject, name: Mend(freeze=True),
+        "running statistics are frozen, whatever .train() is called later",
+    ),
+    "BN106": (lambda subject, name: Mend(count_once=True), "a batch counts once under activation checkpointing"),
+    "BN108": (_mode, "the mode is that of the model"),
+    "BN109": (lambda subject, name: Mend(wide=True), "running statistics are kept in float32"),
+    "BN110": (lambda subject, name: Mend(decay=_swapped(subject, name)), "momentum is {momentum:.4g} now"),
 }
 
 
@@ -133,14 +146,3 @@ class _Work:
             self.left += [Left(code, layer, " ".join(str(error).split())) for layer in layers]
         else:
             self.done.append(Step(code, tuple(layers), what))
-
-
-def _of_the_model(subject: Subject, name: str) -> Mend | None:
-    state, trains = subject.by_name[name], subject.view.training is True
-    return Mend(training=trains) if state.training != trains else None
-
-
-def _swapped(subject: Subject, name: str) -> float:
-    decay = subject.by_name[name].decay
-    assert decay is not None  # noqa: S101
-    return 1.0 - decay

@@ -113,7 +113,7 @@ class _Stripper:
         self.calls: dict[Any, list[Node]] = {**graph.norms(), **graph.weights()}
         self.layers = [weights for weights in graph.weights() if weights.has_bias]
         self.trains = graph.training
-        self.mover = Mover(self._take, lambda node: False)
+        self.mover = Mover(self._take, lambda node: False, drops=graph.training)
         self.changes = Changes()
         self.stripped: list[Stripped] = []
         self.kept: list[Kept] = []
