@@ -168,7 +168,7 @@ def test_a_rule_has_the_level_of_its_worst_finding_and_says_how_to_leave_it_out(
     driver = json.loads(as_sarif(sick(), "net.onnx"))["runs"][0]["tool"]["driver"]
     rules = {rule["id"]: rule for rule in driver["rules"]}
     assert rules["BN103"]["defaultConfiguration"]["level"] == "error"
-    assert rules["BN304"]["properties"]["problem.severity"] == "recommendation"
+    assert rules["BN301"]["properties"]["problem.severity"] == "recommendation"
     assert rules["BN101"]["defaultConfiguration"]["level"] == "warning"
     for code, rule in RULES.items():
         assert rules[code]["shortDescription"]["text"].lower().startswith(rule.title.lower())
