@@ -181,7 +181,7 @@ def _explain_together(gaps: list[_Gap], wrong: list[_Gap], subject: Subject) -> 
         for gap in wrong:
             gap.cause = "statistics of other weights, as most layers are off"
             gap.cure = (
-                "Were weights trained on while statistics stood still, averaged, pruned, rounded, or taken from another checkpoint? "
+                "Were weights trained on while statistics stood still, averaged, pruned, rounded, or of another checkpoint? "
                 f"{_capital(RECALIBRATE)}."
             )
     else:
