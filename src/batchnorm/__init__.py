@@ -14,12 +14,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from batchnorm import functional as functional
     from batchnorm.affine import Affine as Affine
+    from batchnorm.check import check as check
     from batchnorm.errors import BatchNormError as BatchNormError
     from batchnorm.fold import fold as fold
     from batchnorm.fold import prune as prune
     from batchnorm.fold import strip_bias as strip_bias
     from batchnorm.lab import compare as compare
     from batchnorm.moments import Moments as Moments
+    from batchnorm.observe import observe as observe
     from batchnorm.recalibrate import recalibrate as recalibrate
     from batchnorm.summary import summary as summary
 
@@ -27,9 +29,11 @@ __all__ = [
     "Affine",
     "BatchNormError",
     "Moments",
+    "check",
     "compare",
     "fold",
     "functional",
+    "observe",
     "prune",
     "recalibrate",
     "strip_bias",
@@ -42,9 +46,11 @@ open_lazily(
         "Affine": ("batchnorm.affine", ""),
         "BatchNormError": ("batchnorm.errors", ""),
         "Moments": ("batchnorm.moments", ""),
+        "check": ("batchnorm.check", ""),
         "compare": ("batchnorm.lab.compare", "lab"),
         "fold": ("batchnorm.fold", ""),
         "functional": ("batchnorm.functional", ""),
+        "observe": ("batchnorm.observe", ""),
         "prune": ("batchnorm.fold", ""),
         "recalibrate": ("batchnorm.recalibrate", ""),
         "strip_bias": ("batchnorm.fold", ""),

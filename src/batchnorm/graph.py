@@ -97,6 +97,7 @@ class Norm:
         locked: why the layer may not be replaced; empty where it may.
         computed: why the running mean and the parameters are not stored as they are used; empty where they are.
         plain: whether it is a scale and shift in the model already, which is no news where it stays one.
+        holder: dotted name of what keeps the statistics, where that is not ``name``; empty where it is.
         key: what the wing knows the layer by.
     """
 
@@ -110,6 +111,7 @@ class Norm:
     locked: str = ""
     computed: str = ""
     plain: bool = False
+    holder: str = ""
     key: Any = None
 
     @property

@@ -12,7 +12,7 @@ from batchnorm.errors import OptionError
 from batchnorm.protocol import Model
 from batchnorm.rooms import require
 
-__all__ = ["adapt", "check_ending", "gather", "joined", "load", "save"]
+__all__ = ["adapt", "check_ending", "framework_of", "gather", "joined", "load", "processes", "save"]
 
 # framework, class that its models have, the view of them; a Keras model on torch is a torch module too, and comes first
 _WINGS = (
@@ -45,8 +45,8 @@ def save(model: Any, path: Path, example: Any) -> None:
         OutputError: a place that can't be written to.
     """
     check_ending(model, path)
-    module = import_module(f"batchnorm.{_framework(model)}.files")
-    module.save(model, path, *([example] if _framework(model) == "torch" else []))
+    module = import_module(f"batchnorm.{framework_of(model)}.files")
+    module.save(model, path, *([example] if framework_of(model) == "torch" else []))
 
 
 def check_ending(model: Any, path: Path) -> None:
@@ -55,14 +55,15 @@ def check_ending(model: Any, path: Path) -> None:
     Raises:
         OptionError: such an ending.
     """
-    endings = _ENDINGS[_framework(model)]
+    endings = _ENDINGS[framework_of(model)]
     if path.suffix not in endings:
         raise OptionError(
-            f"a model of {_framework(model)} is written to a file that ends in {' or '.join(endings)}, got {path}"
+            f"a model of {framework_of(model)} is written to a file that ends in {' or '.join(endings)}, got {path}"
         )
 
 
-def _framework(model: Any) -> str:
+def framework_of(model: Any) -> str:
+    """Return the name of the framework that a model is of, as ``"torch"``."""
     return next(framework for framework, base, _ in _WINGS if _is(model, framework, base))
 
 
@@ -102,6 +103,14 @@ def gather(part: Any) -> list[Any]:
     if "torch.distributed" not in sys.modules:
         return [part]
     return list(import_module("batchnorm.torch.collectives").gather_objects(part))
+
+
+def processes() -> int:
+    """Return how many processes the distributed job has that this one is in; alone, 1."""
+    distributed: Any = getattr(sys.modules.get("torch"), "distributed", None)
+    if distributed is None or not (distributed.is_available() and distributed.is_initialized()):
+        return 1
+    return int(distributed.get_world_size())
 
 
 def joined() -> AbstractContextManager[tuple[int, int]]:

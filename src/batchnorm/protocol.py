@@ -1,9 +1,10 @@
 """What a wing tells about its models, and what it does to them: the one protocol that every verb is written against."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from math import prod
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -12,9 +13,10 @@ from batchnorm.arrays import Array
 from batchnorm.errors import DataError
 from batchnorm.graph import Graph, Norm, Weights
 from batchnorm.moments import Moments
-from batchnorm.states import BatchSizes, Mend, NormState, Optimization, Rehearsal
+from batchnorm.states import BatchSizes, Mend, NormState, Optimization, Rate, Rehearsal
 
 __all__ = [
+    "PIECE",
     "Border",
     "Changes",
     "Layer",
@@ -25,8 +27,12 @@ __all__ = [
     "Pair",
     "Statistics",
     "note",
+    "piece",
     "random_arrays",
 ]
+
+PIECE, SAMPLES, CHANNELS = 2**18, 64, 16
+"""Numbers and samples of a `piece` at most, and its channels at least, where the layer has them and there is room."""
 
 Pair = tuple[np.ndarray, np.ndarray]
 """A mean and a variance in float64, as a layer stores them."""
@@ -161,20 +167,31 @@ class Statistics:
         return self.mean, self.variance
 
 
-class Measured(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Measured:
     """What one batch has shown.
 
     Args:
         samples: how many there were.
-        moments: of the inputs of each layer that was called, all its calls together; NumPy arrays in float64.
+        calls: of the inputs of each layer that was called, in the order of its calls; NumPy arrays in float64.
+        inputs: a `piece` of what has reached layers in their first call, ``(n, C', *spatial)``; of the first batch and where
+            layers are watched only. A layer that was called with a mask or weights has none.
+        linear: dotted names of the linear layers whose outputs have reached layers as they were; where layers are watched.
     """
 
     samples: int
-    moments: dict[Statistics, Moments]
+    calls: dict[Statistics, list[Moments]]
+    inputs: dict[Statistics, np.ndarray] = field(default_factory=dict)
+    linear: dict[Statistics, str] = field(default_factory=dict)
+
+    @property
+    def moments(self) -> dict[Statistics, Moments]:
+        """Of the inputs of each layer, all its calls together."""
+        return {one: Moments.empty().merge(*calls) for one, calls in self.calls.items()}
 
 
-def note(found: dict[Statistics, Moments], one: Statistics, moments: Moments) -> None:
-    """Merge what has reached a layer into what was ``found`` in the same batch.
+def note(found: dict[Statistics, list[Moments]], one: Statistics, moments: Moments) -> None:
+    """Add what has reached a layer to what its calls have ``found`` in the same batch.
 
     Raises:
         DataError: it is not finite.
@@ -184,7 +201,25 @@ def note(found: dict[Statistics, Moments], one: Statistics, moments: Moments) ->
             f"what reaches layer {one.name!r} must be finite, it holds inf or NaN: look for them in the data, or in the "
             "weights of the layers before"
         )
-    found[one] = found.get(one, Moments.empty()).merge(moments)
+    found.setdefault(one, []).append(moments)
+
+
+def piece(shape: Sequence[int]) -> tuple[slice, ...]:
+    """Return the piece of an array ``(N, C, *spatial)`` that is kept to be looked at: at most 64 samples and 2¹⁸ numbers.
+
+    Channels are taken at equal distances, every ⌈C / C'⌉-th; places too, but only where those of a single channel are too many.
+
+    Example:
+        >>> piece((32, 256, 56, 56))
+        (slice(None, 5, None), slice(None, None, 16), slice(None, None, 1), slice(None, None, 1))
+    """
+    n, channels, *places = (max(1, size) for size in shape)
+    stride = 1
+    while (area := prod(-(-size // stride) for size in places)) > PIECE:
+        stride += 1
+    samples = min(n, SAMPLES, max(1, PIECE // (min(channels, CHANNELS) * area)))
+    kept = min(channels, PIECE // (samples * area))
+    return slice(samples), slice(None, None, -(-channels // kept)), *(slice(None, None, stride) for _ in places)
 
 
 Measure = Callable[[Any, Mapping[Statistics, Pair] | None], Measured]
@@ -245,7 +280,7 @@ class Model(Protocol):
         ...
 
     def measuring(
-        self, statistics: list[Statistics], forward: Any | None, device: Any
+        self, statistics: list[Statistics], forward: Any | None, device: Any, *, watch: bool = False
     ) -> AbstractContextManager[Measure]:
         """Run the model in evaluation and measure the inputs of layers; on exit everything is as it was.
 
@@ -253,6 +288,8 @@ class Model(Protocol):
             statistics: of the layers to measure; the others stay as they are.
             forward: runs the model on a batch, ``forward(model, batch)``; ``None`` for the framework's usual call.
             device: where batches are moved to; ``None`` for where the model is.
+            watch: measure layers too whose statistics are fixed, or that keep none; they normalize as they would anyway.
+                And keep a piece of what reaches each layer in the first batch.
         """
         ...
 
@@ -270,6 +307,11 @@ class Model(Protocol):
     @property
     def training(self) -> bool | None:
         """Whether the model is in training mode; ``None`` for one that has no modes, and ``False`` for one that only infers."""
+        ...
+
+    @property
+    def learns(self) -> bool:
+        """Whether any parameter of the model gets a gradient."""
         ...
 
     def states(self) -> list[NormState]:
@@ -298,6 +340,14 @@ class Model(Protocol):
 
     def optimization(self, optimizer: Any) -> Optimization:
         """Return what an optimizer does to the batch normalization of the model.
+
+        Raises:
+            OptionError: an optimizer of another framework, or one that does not hold the model's parameters.
+        """
+        ...
+
+    def rates(self, optimizer: Any, layers: Sequence[str]) -> list[Rate]:
+        """Return how fast an optimizer turns the weights of these linear layers, or of all where none is named.
 
         Raises:
             OptionError: an optimizer of another framework, or one that does not hold the model's parameters.

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["BatchSizes", "Mend", "NormState", "Optimization", "Rehearsal"]
+__all__ = ["BatchSizes", "Mend", "NormState", "Optimization", "Rate", "Rehearsal"]
 
 
 @dataclass(eq=False, slots=True)
@@ -132,3 +132,31 @@ class Mend:
     freeze: bool = False
     count_once: bool = False
     wide: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """How fast the weights of one linear layer turn; their length is of no account where batch normalization follows.
+
+    Args:
+        layer: dotted name of the linear layer.
+        learning_rate: of the optimizer, for these weights.
+        size: ‖w‖, the root of the sum of all squares.
+        gradient: ‖g‖ / ‖w‖; ``None`` where there is no gradient.
+        norm: dotted name of the batch normalization layer that its output goes to as it is; empty where nobody knows.
+
+    Example:
+        >>> Rate("conv", learning_rate=0.1, size=5.0).effective
+        0.004
+    """
+
+    layer: str
+    learning_rate: float
+    size: float
+    gradient: float | None = None
+    norm: str = ""
+
+    @property
+    def effective(self) -> float:
+        """The effective learning rate lr / ‖w‖²: that of a weight of length 1 that plain gradient descent turns as fast."""
+        return self.learning_rate / self.size**2 if self.size > 0 else float("inf")

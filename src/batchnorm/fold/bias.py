@@ -17,7 +17,7 @@ from batchnorm.models import adapt
 from batchnorm.protocol import Changes
 from batchnorm.tables import table
 
-__all__ = ["StripResult", "Stripped", "strip_bias"]
+__all__ = ["StripResult", "Stripped", "redundant_biases", "strip_bias"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +101,19 @@ def strip_bias(model: Any, example: Any | None = None, *, inplace: bool = False)
     return StripResult(after.model, tuple(stripper.stripped), tuple(stripper.kept), error)
 
 
+def redundant_biases(graph: Graph) -> list[Stripped]:
+    """List the biases of a network that a normalization after them subtracts again."""
+    stripper = _Stripper(graph)
+    stripper.strip()
+    return stripper.stripped
+
+
 class _Stripper:
     def __init__(self, graph: Graph) -> None:
         self.calls: dict[Any, list[Node]] = {**graph.norms(), **graph.weights()}
         self.layers = [weights for weights in graph.weights() if weights.has_bias]
         self.trains = graph.training
-        self.mover = Mover(self._take, lambda node: False)
+        self.mover = Mover(self._take, lambda node: False, drops=graph.training)
         self.changes = Changes()
         self.stripped: list[Stripped] = []
         self.kept: list[Kept] = []

@@ -30,6 +30,7 @@ __all__ = [
     "own_variables",
     "parts",
     "plain_constructor",
+    "producers",
     "quietly",
     "run_compiled",
     "safely",
@@ -104,6 +105,12 @@ def copied_operation(operation: Any) -> Any:
     copy = object.__new__(type(operation))
     copy.__dict__.update(vars(operation), _inbound_nodes=[], _outbound_nodes=[])
     return copy
+
+
+def producers(layer: Any) -> set[Any]:
+    """Return the operations whose outputs a layer was called with, in any functional graph."""
+    tensors = [tensor for node in layer._inbound_nodes for tensor in node.input_tensors]
+    return {history.operation for tensor in tensors if (history := getattr(tensor, "_keras_history", None)) is not None}
 
 
 def plain_constructor(model: Any) -> bool:

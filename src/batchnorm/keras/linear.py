@@ -10,10 +10,22 @@ import numpy as np
 
 from batchnorm.arrays import Array
 from batchnorm.graph import Layout
-from batchnorm.keras.internals import as_array, found_class
+from batchnorm.keras.internals import as_array, found_class, producers
 from batchnorm.keras.layers import ScaleShift
 
-__all__ = ["Step", "Values", "assign", "bias_config", "bias_of", "read", "steps", "why_locked", "why_no_bias"]
+__all__ = [
+    "Step",
+    "Values",
+    "assign",
+    "bias_config",
+    "bias_of",
+    "has_kernel",
+    "linear_before",
+    "read",
+    "steps",
+    "why_locked",
+    "why_no_bias",
+]
 
 Shape = tuple[int, ...]
 Values = dict[str, tuple[Array, Array | None]]
@@ -163,6 +175,23 @@ _READERS: dict[Any, Callable[[Any, Shape, Any, Shape], list[Step] | None]] = {
         (keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose), _transposed
     ),
 }
+
+
+def linear_before(layer: Any) -> Any | None:
+    """Return the linear layer whose output a layer is called with, and nothing else; ``None`` where there is none."""
+    found = list(producers(layer))
+    return found[0] if len(found) == 1 and _is_linear(found[0]) else None
+
+
+def _is_linear(layer: Any) -> bool:
+    """Whether a layer puts out a weighted sum of its input, without an activation."""
+    return has_kernel(layer) and layer.activation is keras.activations.linear
+
+
+def has_kernel(layer: Any) -> bool:
+    """Whether a layer is a dense layer or a convolution of Keras."""
+    known = found_class(layer)
+    return known in _READERS and known is not ScaleShift
 
 
 # -- reading -------------------------------------------------------------------------------------------------------

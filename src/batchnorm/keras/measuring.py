@@ -9,9 +9,10 @@ import numpy as np
 
 from batchnorm.errors import BatchNormError, DataError, OptionError
 from batchnorm.keras.internals import as_array, graph_of, quietly, told, untraced
-from batchnorm.keras.naming import norms_of, numbers_of
+from batchnorm.keras.linear import linear_before
+from batchnorm.keras.naming import names_of, norms_of, numbers_of
 from batchnorm.moments import Moments
-from batchnorm.protocol import Measure, Measured, Pair, Statistics, note
+from batchnorm.protocol import Measure, Measured, Pair, Statistics, note, piece
 
 __all__ = ["batches_of", "entering", "measuring", "stored", "write"]
 
@@ -82,9 +83,9 @@ def write(statistics: Mapping[Statistics, Pair]) -> None:
 
 @contextmanager
 def measuring(
-    model: Any, statistics: list[Statistics], forward: Callable[..., Any] | None, device: Any
+    model: Any, statistics: list[Statistics], forward: Callable[..., Any] | None, device: Any, *, every: bool = False
 ) -> Iterator[Measure]:
-    """Yield what runs a batch; meanwhile the moving layers of the model are watched.
+    """Yield what runs a batch; meanwhile the moving layers of the model are watched, or with ``every`` all of them.
 
     Raises:
         OptionError: a ``device``.
@@ -92,9 +93,11 @@ def measuring(
     if device is not None:
         raise OptionError("Keras puts batches where it computes: leave device out, or use keras.device")
     watch = _Watch()
+    names = names_of(model) if every else {}
+    linear = {one: names[before] for one in statistics if (before := linear_before(one.key)) in names}
 
     def measure(batch: Any, use: Mapping[Statistics, Pair] | None) -> Measured:
-        watch.use, watch.found = use, {}
+        watch.start(use, first=every and not watch.found)
         x = entering(model, batch) if forward is None else batch
         try:
             if forward is None:
@@ -106,12 +109,13 @@ def measuring(
         except Exception as error:
             raise DataError(f"the model must take the batches of the data, but it failed: {told(error)}") from error
         sizes = [array.shape[0] for array in keras.tree.flatten(x) if len(getattr(array, "shape", ())) > 0]
-        return Measured(int(sizes[0]) if sizes else 1, watch.found)
+        reached = {one: name for one, name in linear.items() if watch.first and one in watch.found}
+        return Measured(int(sizes[0]) if sizes else 1, watch.found, watch.inputs, reached)
 
     with ExitStack() as stack:
         stack.enter_context(untraced())
         for one in statistics:
-            if not one.fixed:
+            if every or not one.fixed:
                 stack.enter_context(watch.layer(one))
         yield measure
 
@@ -120,8 +124,13 @@ class _Watch:
     """Stands before the calls of layers: measures their inputs, and lets them use other statistics."""
 
     def __init__(self) -> None:
-        self.use: Mapping[Statistics, Pair] | None = None
-        self.found: dict[Statistics, Moments] = {}
+        self.start(None, first=False)
+
+    def start(self, use: Mapping[Statistics, Pair] | None, *, first: bool) -> None:
+        """Forget the last batch; keep pieces of the first one."""
+        self.use, self.first = use, first
+        self.found: dict[Statistics, list[Moments]] = {}
+        self.inputs: dict[Statistics, np.ndarray] = {}
 
     @contextmanager
     def layer(self, one: Statistics) -> Iterator[None]:
@@ -147,10 +156,14 @@ class _Watch:
                 vars(layer)["call"] = kept["call"]
 
     def _note(self, one: Statistics, inputs: Any, mask: Any) -> Pair:
-        moments = _moments(as_array(inputs), one.key.axis, None if mask is None else as_array(mask))
+        x = as_array(inputs)
+        if self.first and one not in self.found and mask is None and x.size:
+            part = np.moveaxis(x, one.key.axis, 1)
+            self.inputs[one] = np.array(part[piece(part.shape)], np.promote_types(x.dtype, np.float32))
+        moments = _moments(x, one.key.axis, None if mask is None else as_array(mask))
         note(self.found, one, moments)
         # a single value has no variance
-        own = (moments.mean, moments.variance) if moments.count > 1 else one.pair
+        own = one.pair if one.fixed or moments.count < 2 else (moments.mean, moments.variance)
         return own if self.use is None else self.use.get(one, one.pair)
 
 

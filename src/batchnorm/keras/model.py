@@ -1,6 +1,6 @@
 """A Keras model, seen through the `Model` protocol."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -26,11 +26,12 @@ from batchnorm.keras.internals import (
 from batchnorm.keras.measuring import batches_of, entering, measuring, stored, write
 from batchnorm.keras.naming import names_of
 from batchnorm.keras.picture import Key, Path, Picture, draw
+from batchnorm.keras.rates import rates
 from batchnorm.keras.rebuilding import Edits, rebuilt
 from batchnorm.keras.rehearsal import train_once
 from batchnorm.protocol import Changes, Layer, Measure, Pair, Statistics, random_arrays
 from batchnorm.reach import dropout
-from batchnorm.states import BatchSizes, Mend, NormState, Optimization, Rehearsal
+from batchnorm.states import BatchSizes, Mend, NormState, Optimization, Rate, Rehearsal
 
 __all__ = ["KerasModel"]
 
@@ -181,10 +182,10 @@ class KerasModel:
         return batches_of(data)
 
     def measuring(
-        self, statistics: list[Statistics], forward: Any | None, device: Any
+        self, statistics: list[Statistics], forward: Any | None, device: Any, *, watch: bool = False
     ) -> AbstractContextManager[Measure]:
         """Run the model in evaluation and measure the inputs of layers."""
-        return measuring(self.model, statistics, forward, device)
+        return measuring(self.model, statistics, forward, device, every=watch)
 
     def write(self, statistics: Mapping[Statistics, Pair], batches: int) -> None:
         """Assign new moving statistics in the model itself, all or none."""
@@ -231,6 +232,10 @@ class KerasModel:
     def spare(self, optimizer: Any) -> int:
         """Exclude γ and β from weight decay, beside what is excluded already."""
         return optimizers.spare(self.model, optimizer)
+
+    def rates(self, optimizer: Any, layers: Sequence[str]) -> list[Rate]:
+        """Return how fast an optimizer turns the kernels of linear layers."""
+        return rates(self.model, optimizer, layers)
 
     # -- copies ----------------------------------------------------------------------------------------------------
 

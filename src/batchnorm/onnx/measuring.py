@@ -14,8 +14,8 @@ from batchnorm.moments import Moments
 from batchnorm.onnx.picture import NormKey, is_norm
 from batchnorm.onnx.running import Runner
 from batchnorm.onnx.scopes import Constant, Index, Scope
-from batchnorm.onnx.shapes import asked, feeds
-from batchnorm.protocol import Measure, Measured, Pair, Statistics, note
+from batchnorm.onnx.shapes import Shapes, asked, feeds
+from batchnorm.protocol import Measure, Measured, Pair, Statistics, note, piece
 
 __all__ = ["measuring", "selected", "stored"]
 
@@ -60,30 +60,41 @@ def _why_fixed(scope: Scope, node: Any, attributes: dict[str, Any], held: list[C
 
 
 @contextmanager
-def measuring(model: Any, statistics: list[Statistics]) -> Iterator[Measure]:
+def measuring(model: Any, statistics: list[Statistics], *, every: bool = False) -> Iterator[Measure]:
     """Yield what runs a batch through a copy of the model that puts out the Moments of each layer's input.
 
     The copy is handed the statistics to normalize by as inputs, and takes those of the batch in their place for layers that
-    see more than so many values of a channel.
+    see more than so many values of a channel. With ``every``, layers are measured that do not move too, and a second copy puts
+    out a piece of what reaches each layer in the first batch.
     """
-    watched = _Watched(model, [one for one in statistics if not one.fixed])
+    moving = [one for one in statistics if not one.fixed]
+    watched = _Watched(model, moving, [one for one in statistics if every and one.fixed and _can_be_seen(one)])
     runner = Runner(watched.model, evaluated=False)
+    seen: list[int] = []
 
     def measure(batch: Any, use: Mapping[Statistics, Pair] | None) -> Measured:
         try:
             given = feeds(model, selected(model, batch))
         except OptionError as error:
             raise DataError(str(error).replace("the example", "a batch")) from error
+        looking = every and not seen
         try:
-            outputs = runner.outputs({**given, **watched.feeds(use)})
+            run, shown = watched.showing(given) if looking else (runner, [])
+            outputs = run.outputs({**given, **watched.feeds(use)})
         except OptionError as error:
             raise DataError(f"the model must take the batches of the data: {error}") from error
-        found: dict[Statistics, Moments] = {}
-        for number, one in enumerate(watched.moving):
+        found: dict[Statistics, list[Moments]] = {}
+        for number, one in enumerate(watched.layers):
             note(found, one, _moments(outputs[3 * number : 3 * number + 3]))
-        return Measured(next((len(v) for v in given.values() if v.ndim), 1), found)
+        seen.append(samples := next((len(v) for v in given.values() if v.ndim), 1))
+        return Measured(samples, found, dict(zip(shown, outputs[3 * len(watched.layers) :], strict=True)))
 
     yield measure
+
+
+def _can_be_seen(one: Statistics) -> bool:
+    """Whether a layer is in the outermost graph, and has one mean for each channel."""
+    return one.key is not None and not one.key.key.site.path and one.mean is not None and one.mean.ndim == 1
 
 
 def selected(model: Any, batch: Any) -> Any:
@@ -104,11 +115,12 @@ class _Watched:
 
     Args:
         model: stays as it is.
-        moving: the statistics of the layers to measure.
+        moving: the statistics of the layers to measure, which are handed what they normalize by.
+        still: those of layers that are measured only.
     """
 
-    def __init__(self, model: Any, moving: list[Statistics]) -> None:
-        self.moving = moving
+    def __init__(self, model: Any, moving: list[Statistics], still: list[Statistics]) -> None:
+        self.moving, self.layers = moving, moving + still
         self.model = type(model)()
         self.model.CopyFrom(model)
         index, graph = Index(self.model), self.model.graph
@@ -119,10 +131,9 @@ class _Watched:
         del graph.output[:]
         graph.input.append(helper.make_tensor_value_info(self.least, TensorProto.FLOAT, []))
         self.before: dict[str, list[Any]] = {}
-        self.kinds = [self._watch(index, number, one) for number, one in enumerate(moving)]
-        nodes = [made for node in graph.node for made in (*self.before.get(_first(node), ()), node)]
-        del graph.node[:]
-        graph.node.extend(nodes)
+        self.opset = max(entry.version for entry in self.model.opset_import if entry.domain in ("", "ai.onnx"))
+        self.kinds = [self._watch(index, number, one) for number, one in enumerate(self.layers)]
+        _insert(graph, self.before)
 
     def feeds(self, use: Mapping[Statistics, Pair] | None) -> dict[str, np.ndarray]:
         """Return the inputs that the copy has beyond those of the model: what to normalize by."""
@@ -134,26 +145,53 @@ class _Watched:
                 arrays[f"{self.prefix}{number}_{what}"] = np.asarray(values, dtype)
         return arrays
 
+    def showing(self, given: dict[str, np.ndarray]) -> tuple[Runner, list[Statistics]]:
+        """Return what runs the copy and puts out a `piece` of what layers read too; of those whose sizes are known."""
+        model = type(self.model)()
+        model.CopyFrom(self.model)
+        index, shapes = Index(self.model), Shapes(self.model, {**given, **self.feeds(None)})
+        before, shown = {}, []
+        for number, one in enumerate(self.layers):
+            node = index.find(one.key.key.site)[1]
+            shape = shapes.of(index.main, node.input[0])
+            if not shape or 0 in shape:
+                continue
+            nodes = _Nodes(f"{self.prefix}{number}_piece_", self.opset)
+            wide = shapes.elem_type(index.main, node.input[0]) == TensorProto.DOUBLE
+            nodes.take(str(node.input[0]), shape, TensorProto.DOUBLE if wide else TensorProto.FLOAT)
+            before[str(node.output[0])] = nodes.made
+            shown.append(one)
+            model.graph.output.append(helper.make_empty_tensor_value_info(nodes.made[-1].output[0]))
+        _insert(model.graph, before)
+        return Runner(model, evaluated=False), shown
+
     def _watch(self, index: Index, number: int, one: Statistics) -> int:
-        """Measure what one layer reads; return the dtype of the statistics that it is handed."""
+        """Measure what one layer reads; return the dtype of the statistics that it is handed, if it is."""
         size = len(one.pair[0])
         scope, node = index.find(one.key.key.site)
         own = [c.elem_type for name in node.input[3:5] if (c := index.constant(scope, name)) is not None]
         wide = TensorProto.DOUBLE if own[0] == TensorProto.DOUBLE else TensorProto.FLOAT
-        opset = max(entry.version for entry in self.model.opset_import if entry.domain in ("", "ai.onnx"))
-        nodes = _Nodes(f"{self.prefix}{number}_", opset)
+        nodes = _Nodes(f"{self.prefix}{number}_", self.opset)
         count = nodes.measure(str(node.input[0]), size)
-        share = nodes.batch_share(count, self.least, wide)
-        for place, (what, kind) in enumerate(zip(("mean", "variance"), own, strict=True)):
-            node.input[3 + place] = nodes.choose(what, share, wide, kind)
         graph, channels = self.model.graph, [size]
-        graph.input.extend(helper.make_tensor_value_info(nodes.name(what), wide, channels) for what in _STORED)
+        if number < len(self.moving):
+            share = nodes.batch_share(count, self.least, wide)
+            for place, (what, kind) in enumerate(zip(("mean", "variance"), own, strict=True)):
+                node.input[3 + place] = nodes.choose(what, share, wide, kind)
+            graph.input.extend(helper.make_tensor_value_info(nodes.name(what), wide, channels) for what in _STORED)
         sizes = {"mean": channels, "variance": channels, "count": []}
         graph.output.extend(
             helper.make_tensor_value_info(nodes.name(what), TensorProto.DOUBLE, shape) for what, shape in sizes.items()
         )
         self.before[str(node.output[0])] = nodes.made
         return int(wide)
+
+
+def _insert(graph: Any, before: dict[str, list[Any]]) -> None:
+    """Put nodes in front of those with these first outputs."""
+    nodes = [made for node in graph.node for made in (*before.get(_first(node), ()), node)]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _first(node: Any) -> str:
@@ -194,6 +232,14 @@ class _Nodes:
         if self.opset < 18:
             return self.add("ReduceMean", x, axes=[0, 2], keepdims=1)
         return self.add("ReduceMean", x, self.constant([0, 2], np.int64), keepdims=1)
+
+    def take(self, source: str, shape: tuple[int, ...], kind: int) -> None:
+        """Take a `piece` of what has this shape; by Gather, which is the same in all versions."""
+        for axis, part in enumerate(piece(shape)):
+            rows = np.arange(shape[axis])[part]
+            if len(rows) < shape[axis]:
+                source = self.add("Gather", source, self.constant(rows, np.int64), axis=axis)
+        self.add("Cast", source, to=kind)
 
     def batch_share(self, count: str, least: str, wide: int) -> tuple[str, str]:
         """Return 1 and 0 for more values than ``least``, else 0 and 1; without Where, which old versions lack."""

@@ -1,7 +1,7 @@
 """An ONNX model, seen through the `Model` protocol."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ from batchnorm.onnx.states import mend, states
 from batchnorm.onnx.tensors import FLOATS, check_tensor, rounded, tensors
 from batchnorm.onnx.widening import widened
 from batchnorm.protocol import Changes, Layer, Measure, Pair, Statistics, random_arrays
-from batchnorm.states import BatchSizes, Mend, NormState, Optimization, Rehearsal
+from batchnorm.states import BatchSizes, Mend, NormState, Optimization, Rate, Rehearsal
 
 __all__ = ["OnnxModel"]
 
@@ -179,7 +179,7 @@ class OnnxModel:
         return data
 
     def measuring(
-        self, statistics: list[Statistics], forward: Any | None, device: Any
+        self, statistics: list[Statistics], forward: Any | None, device: Any, *, watch: bool = False
     ) -> AbstractContextManager[Measure]:
         """Run a copy of the model and measure the inputs of layers.
 
@@ -190,7 +190,7 @@ class OnnxModel:
             raise OptionError(
                 "an ONNX model is run by onnxruntime: leave forward and device out, and prepare the batches"
             )
-        return measuring(self._model, statistics)
+        return measuring(self._model, statistics, every=watch)
 
     def write(self, statistics: Mapping[Statistics, Pair], batches: int) -> None:
         """Put new statistics into the initializers, all or none.
@@ -252,6 +252,10 @@ class OnnxModel:
         """
         with self._copy() as new:
             mend(new, mends)
+
+    def rates(self, optimizer: Any, layers: Sequence[str]) -> list[Rate]:
+        """Decline: an ONNX model is not trained."""
+        raise _untrained("the optimizer")
 
     # -- copies ----------------------------------------------------------------------------------------------------
 

@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from batchnorm.errors import BatchNormError, DataError, OptionError
-from batchnorm.models import gather
+from batchnorm.errors import BatchNormError
 from batchnorm.moments import Moments
-from batchnorm.progress import Progress
 from batchnorm.protocol import Measure, Pair, Statistics
-from batchnorm.recalibrate.source import Source
+from batchnorm.reading import gathered, through
+from batchnorm.source import Source
 
 __all__ = ["Totals", "largest_move", "one_pass", "over_processes"]
 
@@ -48,23 +47,18 @@ def one_pass(
         DataError: a batch that fails.
     """
     totals, last = Totals(), dict[Statistics, Pair]()
-    with Progress("recalibrating", "batches", source.total, shown=shown) as progress:
-        for batch in source:
-            measured = measure(batch, use)
-            for one, moments in measured.moments.items():
-                totals.moments[one] = totals.moments.get(one, Moments.empty()).merge(moments)
-            totals.batches += 1
-            totals.samples += measured.samples
-            progress.advance()
-            if samples is not None and totals.samples >= samples:
+    for measured in through(measure, source, use, doing="recalibrating", samples=samples, shown=shown):
+        for one, moments in measured.moments.items():
+            totals.moments[one] = totals.moments.get(one, Moments.empty()).merge(moments)
+        totals.batches += 1
+        totals.samples += measured.samples
+        # compared when the data has doubled: smaller steps would look settled too soon
+        if tolerance is not None and totals.batches & (totals.batches - 1) == 0:
+            now = {one: (m.mean, m.variance) for one, m in totals.moments.items()}
+            totals.settled = bool(now) and now.keys() == last.keys() and largest_move(last, now) <= tolerance
+            if totals.settled:
                 break
-            # compared when the data has doubled: smaller steps would look settled too soon
-            if tolerance is not None and totals.batches & (totals.batches - 1) == 0:
-                now = {one: (m.mean, m.variance) for one, m in totals.moments.items()}
-                totals.settled = bool(now) and now.keys() == last.keys() and largest_move(last, now) <= tolerance
-                if totals.settled:
-                    break
-                last = now
+            last = now
     return totals
 
 
@@ -86,24 +80,9 @@ def over_processes(statistics: list[Statistics], found: Totals | BatchNormError)
         DataError: no process had a batch.
         OptionError: the models of two processes differ.
     """
-    layers = [(one.name, None if one.mean is None else len(one.mean)) for one in statistics]
-    parts = gather((layers, str(found) if isinstance(found, BatchNormError) else _named(found)))
-    if isinstance(found, BatchNormError):
-        raise found
-    _check_parts(parts, layers)
-    return found if len(parts) == 1 else _merged(statistics, found, [part for _, part in parts])
-
-
-def _check_parts(parts: list[Any], layers: list[Any]) -> None:
-    for rank, (theirs, part) in enumerate(parts):
-        if isinstance(part, str):
-            raise DataError(f"recalibration needs all processes, rank {rank} failed: {part}")
-        if theirs != layers:
-            raise OptionError(
-                f"all processes must hold the same model, that of rank {rank} has other layers: {_some(theirs)}"
-            )
-    if sum(part["batches"] for _, part in parts) == 0:
-        raise DataError("the data must hold at least one batch, it is empty: is the iterator used up?")
+    parts = gathered("recalibration", statistics, found if isinstance(found, BatchNormError) else _named(found))
+    assert isinstance(found, Totals)  # noqa: S101
+    return found if len(parts) == 1 else _merged(statistics, found, parts)
 
 
 def _named(found: Totals) -> dict[str, Any]:
@@ -122,7 +101,3 @@ def _merged(statistics: list[Statistics], own: Totals, parts: list[dict[str, Any
         if seen:
             total.moments[one] = Moments.empty().merge(*seen)
     return total
-
-
-def _some(layers: list[Any]) -> str:
-    return ", ".join(f"{name} ({size})" for name, size in layers[:5]) + (", ..." if len(layers) > 5 else "")

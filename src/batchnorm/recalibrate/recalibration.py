@@ -1,6 +1,5 @@
 """Measure, mix with the prior, write."""
 
-import inspect
 from collections.abc import Callable
 from math import inf, isinf
 from typing import Any
@@ -11,9 +10,10 @@ from batchnorm.errors import BatchNormError, OptionError
 from batchnorm.models import adapt
 from batchnorm.moments import Moments
 from batchnorm.protocol import Measure, Model, Pair, Statistics
+from batchnorm.reading import check_reading, of_two
 from batchnorm.recalibrate.passes import Totals, largest_move, one_pass, over_processes
 from batchnorm.recalibrate.result import Left, Recalibration, compared
-from batchnorm.recalibrate.source import Source
+from batchnorm.source import Source
 
 __all__ = ["recalibrate"]
 
@@ -108,7 +108,7 @@ def recalibrate(
             found = error
         return over_processes(statistics, found)
 
-    with view.measuring(statistics, _of_two(forward), device) as measure:
+    with view.measuring(statistics, of_two(forward), device) as measure:
         totals = read(measure, None)
         new = _new(totals, prior)
         passes = 1
@@ -174,26 +174,8 @@ def _mixed(one: Statistics, moments: Moments, share: float) -> Pair:
     return total.mean, total.unbiased_variance if one.unbiased else total.variance
 
 
-def _of_two(forward: Callable[..., Any] | None) -> Callable[..., Any] | None:
-    """Return a user's function as one of the model and the batch, whether it asks for the model or not."""
-    if forward is None:
-        return None
-    try:
-        inspect.signature(forward).bind(None, None)
-    except TypeError:
-        return lambda _, batch: forward(batch)
-    except ValueError:
-        # built in, without a signature
-        pass
-    return forward
-
-
 def _check(forward: Any, batches: Any, samples: Any, method: Any, prior: Any, tolerance: Any) -> None:
-    if forward is not None and not callable(forward):
-        raise OptionError(f"forward must be a function of the model and a batch, got {forward!r}")
-    for name, limit in (("batches", batches), ("samples", samples)):
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | np.integer) or limit < 1):
-            raise OptionError(f"{name} must be None or a whole number of at least 1, got {limit!r}")
+    check_reading(forward, batches, samples)
     if method not in METHODS:
         raise OptionError(f"method must be 'one-pass' or 'sequential', got {method!r}")
     if prior is not None and not _is_between(prior, 0.0, inf):

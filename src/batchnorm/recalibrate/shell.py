@@ -16,7 +16,7 @@ from batchnorm.models import adapt, check_ending, joined, load, save
 from batchnorm.recalibrate.recalibration import recalibrate
 from batchnorm.rooms import import_named
 
-__all__ = ["read", "run"]
+__all__ = ["BATCH_SIZE", "cut", "read", "run"]
 
 BATCH_SIZE = 64
 
@@ -41,20 +41,33 @@ def run(
     """
     if not out.parent.is_dir():
         raise OptionError(f"the result must go into a folder that is there, {out.parent} is not")
-    if batch_size < 1:
-        raise OptionError(f"the batch size must be at least 1, got {batch_size}")
+    batches = cut(data, batch_size)
     loaded = load(model, weights)
     check_ending(loaded, out)
     # what a factory makes is in training mode
     view = adapt(loaded.eval() if hasattr(loaded, "eval") else loaded)
-    arrays = {"": data} if isinstance(data, np.ndarray) else data
-    batches = _Batches(arrays, batch_size) if isinstance(arrays, Mapping) else arrays
     with _processes() as (rank, ranks):
         found = recalibrate(view.model, _Share(batches, rank, ranks), progress=rank == 0, **options)
     if rank > 0:
         return ""
     save(view.model, out, _example(batches))
     return f"{found}\nwritten to {out}"
+
+
+def cut(data: Any, batch_size: int) -> Any:
+    """Return batches of arrays; what yields batches already is returned as it is.
+
+    Args:
+        data: what `read` returns, or an array ``(N, ...)``.
+        batch_size: samples of a batch.
+
+    Raises:
+        OptionError: batches without samples.
+    """
+    if batch_size < 1:
+        raise OptionError(f"the batch size must be at least 1, got {batch_size}")
+    arrays = {"": data} if isinstance(data, np.ndarray) else data
+    return _Batches(arrays, batch_size) if isinstance(arrays, Mapping) else arrays
 
 
 def read(source: str) -> Any | None:

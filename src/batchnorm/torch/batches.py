@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-__all__ = ["batches_of", "caller", "moved", "samples_of"]
+from batchnorm.torch.evaluation import Inputs
+
+__all__ = ["batches_of", "caller", "inputs_of", "moved", "samples_of"]
 
 ROWS = 64
 
@@ -33,22 +35,34 @@ def caller(model: nn.Module, forward: Callable[..., Any] | None) -> Callable[[An
     if forward is not None:
         return lambda batch: forward(model, batch)
     parameters = list(inspect.signature(model.forward).parameters.values())
-    return lambda batch: _call(model, parameters, batch)
+
+    def run(batch: Any) -> Any:
+        args, kwargs = _arguments(parameters, batch)
+        return model(*args, **kwargs)
+
+    return run
 
 
-def _call(model: nn.Module, parameters: list[inspect.Parameter], batch: Any) -> Any:
+def inputs_of(model: nn.Module, batch: Any) -> Inputs:
+    """Return the arguments that `caller` calls a model with."""
+    first = next((v for v in (*model.parameters(), *model.buffers()) if v.is_floating_point()), torch.empty(0))
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    return _arguments(parameters, moved(batch, first.device, first.dtype))
+
+
+def _arguments(parameters: list[inspect.Parameter], batch: Any) -> Inputs:
     named = _fields_of(batch) if _is_record(batch) else batch
     if isinstance(named, Mapping):
         anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
         known = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         given = {name: value for name, value in named.items() if anything or name in known}
-        return model(**given) if given and _is_enough(parameters, given) else model(batch)
+        return Inputs((), given) if given and _is_enough(parameters, given) else Inputs((batch,), {})
     if isinstance(batch, tuple | list):
         required = sum(
             p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters
         )
-        return model(*batch[: max(1, required)])
-    return model(batch)
+        return Inputs(tuple(batch[: max(1, required)]), {})
+    return Inputs((batch,), {})
 
 
 def _is_enough(parameters: list[inspect.Parameter], given: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ __all__ = [
     "evaluating",
     "kept_generators",
     "positional_and_named",
+    "silent",
     "tensors_of",
     "untraced",
 ]
@@ -81,6 +83,14 @@ def kept_generators() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Keep the warnings of a run that nobody has asked for to ourselves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """A ``torch.export`` program, seen through the `Model` protocol: as the module it is made of, exported again at the end."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,10 +14,13 @@ from torch.utils._pytree import tree_map
 from batchnorm.errors import OptionError
 from batchnorm.graph import Graph
 from batchnorm.protocol import Changes, Layer, Measure, Pair, Statistics
+from batchnorm.states import BatchSizes, Mend, NormState, Optimization, Rate, Rehearsal
 from batchnorm.torch.evaluation import Inputs
 from batchnorm.torch.model import TorchModel
 
 __all__ = ["ExportedModel"]
+
+_NOT_TRAINED = "an exported program is not trained: give the model that it was made of"
 
 
 class ExportedModel:
@@ -83,14 +86,60 @@ class ExportedModel:
         return self._view.batches(data)
 
     def measuring(
-        self, statistics: list[Statistics], forward: Any | None, device: Any
+        self, statistics: list[Statistics], forward: Any | None, device: Any, *, watch: bool = False
     ) -> AbstractContextManager[Measure]:
         """Run the program and measure the inputs of its layers."""
-        return self._view.measuring(statistics, forward, device)
+        return self._view.measuring(statistics, forward, device, watch=watch)
 
     def write(self, statistics: Mapping[Statistics, Pair], batches: int) -> None:
         """Store new statistics in the program, all or none."""
         self._view.write(statistics, batches)
+
+    def rates(self, optimizer: Any, layers: Sequence[str]) -> list[Rate]:
+        """Refuse: a program is not trained.
+
+        Raises:
+            OptionError: always.
+        """
+        raise OptionError("an exported program is not trained: leave optimizer out, or give the model it was made of")
+
+    @property
+    def training(self) -> bool | None:
+        """A program only infers."""
+        return False
+
+    @property
+    def learns(self) -> bool:
+        """Nothing of a program is trained."""
+        return False
+
+    def states(self) -> list[NormState]:
+        """List what keeps a running mean and variance in the program."""
+        return self._view.states()
+
+    def example_of(self, batch: Any) -> Any:
+        """Return the arguments that a batch calls the program with."""
+        return self._view.example_of(batch)
+
+    def rehearse(self, example: Any) -> Rehearsal:
+        """Refuse: a program is not trained."""
+        raise OptionError(_NOT_TRAINED)
+
+    def batch_sizes(self, loader: Any) -> BatchSizes:
+        """Refuse: a program is not trained."""
+        raise OptionError(_NOT_TRAINED)
+
+    def optimization(self, optimizer: Any) -> Optimization:
+        """Refuse: a program is not trained."""
+        raise OptionError(_NOT_TRAINED)
+
+    def mend(self, mends: Mapping[str, Mend]) -> None:
+        """Refuse: the structure of a program can't be changed in place."""
+        raise OptionError("an ExportedProgram can't be changed in place: mend the model, and export it again")
+
+    def spare(self, optimizer: Any) -> int:
+        """Refuse: a program is not trained."""
+        raise OptionError(_NOT_TRAINED)
 
     @property
     def precision(self) -> str:

@@ -1,6 +1,7 @@
 """Run a torch model in evaluation, and see what reaches its batch normalization layers."""
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - as everybody calls it
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from batchnorm.errors import BatchNormError, DataError
 from batchnorm.moments import Moments
-from batchnorm.protocol import Measure, Measured, Pair, Statistics, note
+from batchnorm.protocol import Measure, Measured, Pair, Statistics, note, piece
 from batchnorm.torch.batches import caller, moved, samples_of
 from batchnorm.torch.evaluation import untraced
 from batchnorm.torch.layers import BatchNorm
@@ -38,10 +40,18 @@ _CALLS: dict[Any, tuple[str, ...]] = {
 
 @contextmanager
 def measuring(
-    model: nn.Module, statistics: list[Statistics], forward: Callable[..., Any] | None, device: Any
+    model: nn.Module,
+    statistics: list[Statistics],
+    forward: Callable[..., Any] | None,
+    device: Any,
+    *,
+    every: bool = False,
 ) -> Iterator[Measure]:
-    """Put a model into evaluation and yield what runs a batch; on exit modes, hooks and random generators are as before."""
-    watch = _Watch(model, statistics)
+    """Put a model into evaluation and yield what runs a batch; on exit modes, hooks and random generators are as before.
+
+    With ``every``, layers are watched that do not move too, and pieces of the first batch's inputs are kept.
+    """
+    watch = _Watch(model, statistics, every=every)
     run = caller(model, forward)
     first = next((v for v in (*model.parameters(), *model.buffers()) if v.is_floating_point()), torch.empty(0))
     place = torch.device(device) if device is not None else first.device
@@ -59,7 +69,7 @@ def measuring(
                 f"the model must take the batches of the data (give forward=, where it is called in another way), but it "
                 f"failed: {type(error).__name__}: {error}"
             ) from error
-        return Measured(samples_of(batch), watch.found)
+        return Measured(samples_of(batch), watch.found, watch.inputs, watch.linear)
 
     with ExitStack() as stack:
         stack.enter_context(untraced(model))
@@ -73,20 +83,32 @@ def measuring(
 class _Watch(TorchFunctionMode):
     """Stands before every call that normalizes: measures its input, and lets it use other statistics."""
 
-    def __init__(self, model: nn.Module, statistics: list[Statistics]) -> None:
+    def __init__(self, model: nn.Module, statistics: list[Statistics], *, every: bool) -> None:
         super().__init__()
         self.model = model
+        self.every = every
         kept = [one for one in statistics if one.key is not None]
         self.known = {id(one.key.mean): one for one in kept}
-        self.ours = {one.key.module: one for one in kept if not one.fixed and isinstance(one.key.module, BatchNorm)}
+        modules = {type(model).__name__: model} | dict(model.named_modules())
+        owners = {one: modules[one.name] if one.key is None else one.key.module for one in statistics}
+        self.watched = {
+            owner: one
+            for one, owner in owners.items()
+            if (every and one.fixed) or (isinstance(owner, BatchNorm) and not one.fixed)
+        }
         self.buffers = {id(buffer) for buffer in model.buffers()}
         self.centres: dict[Statistics, np.ndarray] = {}
+        self.first = every
+        self.made: dict[int, tuple[Any, int, str]] = {}
         self.start(None)
 
     def start(self, use: Mapping[Statistics, Pair] | None) -> None:
         """Forget the last batch."""
         self.use = use
-        self.found: dict[Statistics, Moments] = {}
+        self.first, self.made = self.every and not self.centres, {}
+        self.found: dict[Statistics, list[Moments]] = {}
+        self.inputs: dict[Statistics, np.ndarray] = {}
+        self.linear: dict[Statistics, str] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -106,10 +128,24 @@ class _Watch(TorchFunctionMode):
         if id(mean) not in self.known:
             self.known[id(mean)] = discovered(self.model, mean, var, given.get("eps", 1e-5))
         one = self.known[id(mean)]
-        return None if one.fixed else one
+        return one if self.every or not one.fixed else None
 
     def _note(self, one: Statistics, x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Measure an input, and return the statistics that it is to be normalized by."""
+        self._measure(one, x, weights)
+        mean, var = one.key[:2]
+        moments = self.found[one][-1]
+        # a single value has no variance
+        own = (moments.mean, moments.variance) if moments.count > 1 and not one.fixed else None
+        pair = own if self.use is None else self.use.get(one)
+        if pair is None:
+            # copies, which are not known here: a layer that is watched would be measured a second time
+            return mean.clone(), var.clone()
+        return torch.as_tensor(pair[0]).to(mean), torch.as_tensor(pair[1]).to(var)
+
+    def _measure(self, one: Statistics, x: Tensor, weights: Tensor | None) -> None:
+        if self.first and one not in self.found:
+            self._look(one, x, whole=weights is None)
         if weights is None:
             moments = moments_of(x, self.centres.get(one))
         else:
@@ -119,27 +155,30 @@ class _Watch(TorchFunctionMode):
         note(self.found, one, moments)
         if moments.count:
             self.centres[one] = moments.mean
-        mean, var = one.key[:2]
-        # a single value has no variance
-        own = (moments.mean, moments.variance) if moments.count > 1 else None
-        pair = own if self.use is None else self.use.get(one)
-        if pair is None:
-            # copies, which are not known here: a layer of ours would be measured a second time
-            return mean.clone(), var.clone()
-        return torch.as_tensor(pair[0]).to(mean), torch.as_tensor(pair[1]).to(var)
+
+    def _look(self, one: Statistics, x: Tensor, *, whole: bool) -> None:
+        """Keep a piece of what reaches a layer first, and the name of the linear layer that has made it."""
+        if whole and x.numel():
+            part = x.detach()[piece(x.shape)]
+            self.inputs[one] = np.array(part.to(torch.promote_types(x.dtype, torch.float32)).cpu().numpy())
+        made, version, name = self.made.get(id(x), (lambda: None, 0, ""))
+        if made() is x and x._version == version:
+            self.linear[one] = name
 
     @contextmanager
     def layers(self) -> Iterator[None]:
-        """Watch our own layers, which may weigh their inputs."""
+        """Watch our own layers, which may weigh their inputs, and those that a function would not be seen of."""
         hooks: list[Any] = []
         kept: dict[nn.Module, dict[str, Any]] = {}
 
         def before(layer: Any, args: Any, kwargs: Any) -> None:
-            x, one = (args[0] if args else kwargs["x"]), self.ours[layer]
-            given = dict(zip(("mask", "sample_weight"), args[1:3], strict=False)) | kwargs
-            weights = Weights.read(x, *(given.get(name) for name in ("mask", "sample_weight", "lengths")))
+            x, one = args[0] if args else kwargs.get("x", kwargs.get("input")), self.watched[layer]
+            weights = _weights_of(x, args, kwargs) if isinstance(layer, BatchNorm) else None
+            if one.key is None:
+                self._measure(one, x, weights)
+                return
+            pair = self._note(one, x, weights)
             buffers = dict(layer._buffers)
-            pair = self._note(one, x, weights.over_places(x))
             names = [name for old in one.key[:2] for name, buffer in buffers.items() if buffer is old]
             kept[layer] = buffers
             layer._buffers.update(zip(names, pair, strict=True))
@@ -148,14 +187,31 @@ class _Watch(TorchFunctionMode):
             layer._buffers.update(kept.pop(layer, {}))
 
         try:
-            for layer in self.ours:
+            for layer in self.watched:
                 hooks += [
                     layer.register_forward_pre_hook(before, with_kwargs=True),
                     layer.register_forward_hook(after, always_call=True),
                 ]
+            if self.every:
+                hooks += self._noting_linear_layers()
             yield
         finally:
             for hook in hooks:
                 hook.remove()
             for module, buffers in kept.items():
                 module._buffers.update(buffers)
+
+    def _noting_linear_layers(self) -> Iterator[Any]:
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Linear | _ConvNd):
+
+                def note_output(_: Any, __: Any, y: Any, name: str = name) -> None:
+                    if self.first and isinstance(y, Tensor) and not y.is_inference():
+                        self.made[id(y)] = weakref.ref(y), y._version, name
+
+                yield module.register_forward_hook(note_output)
+
+
+def _weights_of(x: Tensor, args: Any, kwargs: Any) -> Tensor | None:
+    given = dict(zip(("mask", "sample_weight"), args[1:3], strict=False)) | kwargs
+    return Weights.read(x, *(given.get(name) for name in ("mask", "sample_weight", "lengths"))).over_places(x)

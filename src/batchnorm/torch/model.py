@@ -1,6 +1,6 @@
 """A torch module, seen through the `Model` protocol."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,13 +13,17 @@ from torch.utils._pytree import tree_map
 from batchnorm.errors import OptionError
 from batchnorm.graph import Graph
 from batchnorm.protocol import Changes, Layer, Measure, Pair, Statistics
-from batchnorm.torch.batches import batches_of
+from batchnorm.states import BatchSizes, Mend, NormState, Optimization, Rate, Rehearsal
+from batchnorm.torch import states
+from batchnorm.torch.batches import batches_of, inputs_of
 from batchnorm.torch.evaluation import Inputs, call, copied, tensors_of, untraced
 from batchnorm.torch.events import Recording
 from batchnorm.torch.graphs import own_buffers, structural_copy
 from batchnorm.torch.measuring import measuring
 from batchnorm.torch.picture import draw
 from batchnorm.torch.preparing import Prepared, prepare, replace_module
+from batchnorm.torch.rates import rates
+from batchnorm.torch.rehearsing import rehearse
 from batchnorm.torch.rewriting import rewrite
 from batchnorm.torch.statistics import stored, unwrapped, write
 
@@ -38,10 +42,7 @@ class TorchModel:
 
     def graph(self, example: Any | None) -> Graph:
         """Return the picture of the module as it stands on ``example``."""
-        if isinstance(self.model, torch.jit.ScriptModule):
-            raise OptionError(
-                "a model must be a Python module to be seen through, got a ScriptModule: give it before scripting"
-            )
+        _refuse_script(self.model)
         if example is None:
             raise OptionError(
                 "a torch module must be given an example input, it does not know the shape of its own: "
@@ -54,7 +55,7 @@ class TorchModel:
             raise OptionError(
                 "the model and its example must hold values, some of their tensors are on the meta device"
             )
-        self._ready = prepare(self.model, self._cast(example))
+        self._ready = prepare(unwrapped(self.model), self._cast(example))
         if self._ready.outputs is not None and not any(module.training for module in self.model.modules()):
             arrays = [_array(tensor) for tensor in self._ready.outputs]
             self._last = (example, arrays) if _are_finite(arrays) else None
@@ -165,10 +166,7 @@ class TorchModel:
 
     def statistics(self) -> list[Statistics]:
         """List the running statistics of all layers, those inside of wrappers too."""
-        if isinstance(self.model, torch.jit.ScriptModule):
-            raise OptionError(
-                "a model must be a Python module to be measured, got a ScriptModule: give it before scripting"
-            )
+        _refuse_script(self.model)
         return stored(unwrapped(self.model))
 
     def batches(self, data: Any) -> Any:
@@ -176,14 +174,57 @@ class TorchModel:
         return batches_of(data)
 
     def measuring(
-        self, statistics: list[Statistics], forward: Any | None, device: Any
+        self, statistics: list[Statistics], forward: Any | None, device: Any, *, watch: bool = False
     ) -> AbstractContextManager[Measure]:
         """Run the module in evaluation and measure the inputs of layers."""
-        return measuring(unwrapped(self.model), statistics, forward, device)
+        return measuring(unwrapped(self.model), statistics, forward, device, every=watch)
 
     def write(self, statistics: Mapping[Statistics, Pair], batches: int) -> None:
         """Copy new statistics into the buffers, all or none."""
         write(statistics, batches)
+
+    @property
+    def training(self) -> bool | None:
+        """Whether the module is in training mode."""
+        return bool(unwrapped(self.model).training)
+
+    @property
+    def learns(self) -> bool:
+        """Whether any parameter gets a gradient."""
+        return any(p.requires_grad for p in self.model.parameters())
+
+    def states(self) -> list[NormState]:
+        """List the batch normalization layers, and what else keeps a running mean and variance."""
+        _refuse_script(self.model)
+        return states.states(unwrapped(self.model))
+
+    def example_of(self, batch: Any) -> Inputs:
+        """Return the arguments that a batch calls the module with."""
+        return inputs_of(self.model, batch)
+
+    def rehearse(self, example: Any) -> Rehearsal:
+        """Make one step of training in a copy."""
+        return rehearse(unwrapped(self.model), example)
+
+    def batch_sizes(self, loader: Any) -> BatchSizes:
+        """Return the sizes of the batches of a loader."""
+        return states.batch_sizes(loader)
+
+    def optimization(self, optimizer: Any) -> Optimization:
+        """Return what an optimizer does to γ and β."""
+        return states.optimization(self.model, optimizer)
+
+    def mend(self, mends: Mapping[str, Mend]) -> None:
+        """Set layers right, in place, all or none."""
+        states.mend(unwrapped(self.model), mends)
+
+    def spare(self, optimizer: Any) -> int:
+        """Take the weight decay off γ and β."""
+        return states.spare(self.model, optimizer)
+
+    def rates(self, optimizer: Any, layers: Sequence[str]) -> list[Rate]:
+        """Return how fast an optimizer turns the weights of linear layers."""
+        return rates(unwrapped(self.model), optimizer, layers)
 
     def layers(self, example: Any | None) -> list[Layer]:
         """List the leaf modules, and those that hold parameters themselves, in the order of their calls on ``example``."""
@@ -218,6 +259,13 @@ class TorchModel:
             for hook in hooks:
                 hook.remove()
         return shapes
+
+
+def _refuse_script(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise OptionError(
+            "a model must be a Python module to be seen through, got a ScriptModule: give it before scripting"
+        )
 
 
 def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:

@@ -70,6 +70,7 @@ class Norms:
                 by_batch=training or (layer and module.training and module.track_running_stats),  # type: ignore[union-attr]
                 locked=locked,
                 computed=self._why_computed(module, slots),
+                holder=self._holder(slots[0]),
                 key=Site(call.module, nodes=nodes_of(call), arguments=arguments),
             )
             for slot in slots:
@@ -80,6 +81,12 @@ class Norms:
         norm.key.arguments = max(norm.key.arguments, arguments)
         norm.locked = norm.locked or self._why_not_replaceable(call, slots)
         return norm
+
+    def _holder(self, mean: Slot | None) -> str:
+        """Return the name of the module that keeps a running mean."""
+        if mean is None or not mean.parameter:
+            return ""
+        return mean.parameter.rpartition(".")[0] or type(self.scene.model).__name__
 
     def _why_computed(self, module: nn.Module | None, slots: list[Slot | None]) -> str:
         """Return why the vectors that a layer uses are not those that it stores."""
@@ -99,7 +106,7 @@ class Norms:
         }
         if call.node is not None and (len(several) > 1 or not call.module):
             return ".".join(part for part in call.node if part)
-        return call.module or "batch_norm"
+        return call.module or type(self.scene.model).__name__
 
     def _order(self, call: Call) -> int:
         """Return which normalization of its module's visit a call is."""

@@ -1,8 +1,23 @@
 """Draw the neutral picture of a torch model from a recording of its run."""
 
+from typing import Any
+
 from torch import nn
 
-from batchnorm.graph import Activation, Graph, Linear, Norm, Normalize, Operation, Other, Pool, Reshape, Value, Weights
+from batchnorm.graph import (
+    Activation,
+    Graph,
+    Identity,
+    Linear,
+    Norm,
+    Normalize,
+    Operation,
+    Other,
+    Pool,
+    Reshape,
+    Value,
+    Weights,
+)
 from batchnorm.torch.events import Call, Recording, Slot
 from batchnorm.torch.linears import Linears
 from batchnorm.torch.norms import Norms
@@ -44,13 +59,15 @@ class _Artist:
 
     def _draw_visit(self, call: Call) -> bool:
         """Draw the whole visit of a module as one node, where it is known as such."""
-        found: tuple[Linear | Normalize, list[Slot]] | None = None
+        found: tuple[Linear | Normalize | Identity, list[Slot]] | None = None
         if call.visit in self.norms.frozen:
             found = self.norms.read_frozen(call.visit)
         elif self.norms.is_training_layer(call):
             found = self.norms.read_training_layer(call.visit)
         elif type(self.scene.modules.get(call.module)) is nn.Linear and call.node is None:
             found = self.linears.dense(call.visit)
+        elif self._is_dropout(call):
+            found = self._dropout(call)
         if found is None:
             return False
         operation, sources = found
@@ -62,6 +79,15 @@ class _Artist:
             return True
         self._add(operation, sources, outputs, self._name(call, operation), call.visit)
         return True
+
+    def _is_dropout(self, call: Call) -> bool:
+        """Whether a call is inside of a dropout layer in training, which is several operations."""
+        module, outputs = self.scene.modules.get(call.module), self.scene.recording.visits[call.visit].outputs
+        return isinstance(module, nn.modules.dropout._DropoutNd) and is_stock(module) and len(outputs) == 1
+
+    def _dropout(self, call: Call) -> tuple[Identity, list[Slot]]:
+        layer: Any = self.scene.modules[call.module]
+        return Identity(rate=layer.p), self.scene.recording.visits[call.visit].inputs[:1]
 
     def _pin_what_is_conditional(self) -> None:
         """Pin values between calls that may not follow each other for other inputs."""

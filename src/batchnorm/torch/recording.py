@@ -14,15 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F  # noqa: N812 - as everybody calls it
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from batchnorm.errors import OptionError
-from batchnorm.torch.evaluation import call, copied, kept_generators, tensors_of
+from batchnorm.torch.evaluation import call, copied, kept_generators, silent, tensors_of
 from batchnorm.torch.events import Call, Recording, Slot, Visit
 from batchnorm.torch.graphs import own_buffers, structural_copy, watched
+from batchnorm.torch.layers import BatchNorm
 
 __all__ = ["record"]
 
@@ -179,7 +181,7 @@ def record(model: nn.Module, example: Any) -> Recording:
     problem: Exception | None = None
     for keep_hooks in (False, True):
         twin = structural_copy(model, own_buffers)
-        with kept_generators(), torch.no_grad():
+        with kept_generators(), torch.no_grad(), silent():
             try:
                 return _watch(twin, copied(example), keep_hooks=keep_hooks)
             except Exception as error:
@@ -196,7 +198,7 @@ def _watch(model: nn.Module, inputs: Any, *, keep_hooks: bool) -> Recording:
         recorder.input(tensor)
     handles = list(_follow(model, recorder))
     try:
-        with recorder, _Doors(recorder), _noting_switches() as switched:
+        with recorder, _Doors(recorder), _noting_switches() as switched, _single_values(model):
             result = call(model, inputs)
     finally:
         for handle in handles:
@@ -229,6 +231,21 @@ def _noting_switches() -> Iterator[set[nn.Module]]:
         yield switched
     finally:
         nn.Module.__setattr__ = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _single_values(model: nn.Module) -> Iterator[None]:
+    """Let a copy in training normalize single values, which torch and layers of ours refuse: what follows is seen too."""
+    for module in model.modules():
+        if isinstance(module, BatchNorm) and module.options.on_single == "error":
+            module.configure({"on_single": "skip"})
+    functions: Any = F
+    original = functions._verify_batch_size
+    functions._verify_batch_size = lambda size: None
+    try:
+        yield
+    finally:
+        functions._verify_batch_size = original
 
 
 def _spread_branches(recording: Recording, switched: set[str]) -> None:
