@@ -300,6 +300,14 @@ def test_layers_that_are_recomputed_move_twice(options, expected):
 
 
 @torch_only
+def test_a_rehearsal_takes_gradients_wherever_it_is_made():
+    for context in (torch.no_grad, torch.inference_mode):
+        view = KerasModel(recomputed())
+        with context():
+            assert view.rehearse(data()).twice == ("first", "second")
+
+
+@torch_only
 def test_a_frozen_layer_does_not_move_twice():
     model = recomputed()
     model.get_layer("first").trainable = False

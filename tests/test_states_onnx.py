@@ -253,6 +253,7 @@ def test_a_node_is_put_into_its_form_for_inference(opset, outputs):
     onnx.checker.check_model(model, full_check=True)
     node = model.graph.node[0]
     assert (len(node.output), [a.name for a in node.attribute], list(node.input)) == (1, ["momentum"], kept)
+    assert not model.graph.value_info
     x = feeds_of(model)["x"]
     np.testing.assert_allclose(run(model, {"x": x})[0], inference(model, x), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(OnnxModel(model).outputs({"x": x})[0], inference(model, x), rtol=1e-5, atol=1e-6)

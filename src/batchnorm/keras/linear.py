@@ -21,6 +21,7 @@ __all__ = [
     "bias_of",
     "has_kernel",
     "linear_before",
+    "no_bias_config",
     "read",
     "steps",
     "why_locked",
@@ -245,6 +246,13 @@ def bias_config(layer: Any) -> dict[str, Any]:
         data = layer.equation.split(",")[0]
         return {"bias_axes": next(letter for letter in kernel if letter not in data)}
     return {"use_bias": True}
+
+
+def no_bias_config(layer: Any) -> dict[str, Any]:
+    """Return the entries of its config that take the bias from a linear layer; nothing for a class that may need it."""
+    if why_no_bias(layer) or type(layer) is ScaleShift:
+        return {}
+    return {"bias_axes": None} if isinstance(layer, keras.layers.EinsumDense) else {"use_bias": False}
 
 
 def assign(layer: Any, values: Values) -> None:

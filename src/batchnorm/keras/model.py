@@ -16,6 +16,7 @@ from batchnorm.keras.internals import (
     calls,
     graph_of,
     in_float64,
+    leaving_random,
     named,
     own_variables,
     parts,
@@ -152,8 +153,10 @@ class KerasModel:
         """Return a copy with all changes made; it is not compiled.
 
         Raises:
-            OptionError: a layer that can't be copied.
+            OptionError: a layer that can't be copied, or channels that shall go.
         """
+        if changes.channels or changes.gammas:
+            raise OptionError("channels of a Keras model can't be taken out: prune the model in torch or as ONNX")
         # constants of layers, too, stay as they were made
         edits = Edits(dtype="float64" if self._wide else None)
         for norm, replacement in changes.norms.items():
@@ -161,6 +164,8 @@ class KerasModel:
             edits.norms[id(self._find(norm))] = replacement
         for weights, (weight, bias) in changes.weights.items():
             edits.weights.setdefault(id(self._find(weights)), {})[weights.key.kernel] = weight, bias
+        edits.biasless = {id(self._find(weights)) for weights in changes.biasless}
+        edits.means = {id(self._find(norm)): mean for norm, mean in changes.means.items()}
         return self._rebuilt(edits, self._wide)
 
     def change(self, changes: Changes) -> None:
@@ -198,6 +203,11 @@ class KerasModel:
         """``None``: Keras has no modes, each call says how it is meant."""
         return None
 
+    @property
+    def learns(self) -> bool:
+        """Whether any weight of the model is trained."""
+        return bool(self.model.trainable_weights)
+
     def states(self) -> list[NormState]:
         """List the layers in the order in which the model holds them, also of a model that can't be seen through."""
         return states.states(self.model)
@@ -213,8 +223,9 @@ class KerasModel:
             OptionError: a model that can't be seen through or copied, or fails on the example.
         """
         graph = self.graph(example)
-        copy = rebuilt(self.model, Edits())
-        seen = train_once(self.model, copy, examples.packed(graph_of(copy), self.inputs(example, None)))
+        with leaving_random():
+            copy = rebuilt(self.model, Edits())
+            seen = train_once(self.model, copy, examples.packed(graph_of(copy), self.inputs(example, None)))
         return Rehearsal(seen.twice, dropout(graph), seen.calls)
 
     def batch_sizes(self, loader: Any) -> BatchSizes:

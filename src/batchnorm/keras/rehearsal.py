@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from batchnorm.errors import OptionError
-from batchnorm.keras.internals import as_array, leaving_random, quietly, told
+from batchnorm.keras.internals import as_array, quietly, told
 from batchnorm.keras.naming import names_of, norms_of
 
 __all__ = ["Seen", "train_once"]
@@ -32,6 +32,8 @@ class Seen(NamedTuple):
 def train_once(model: Any, copy: Any, inputs: Any) -> Seen:
     """Run a copy of a model forward in training, and backward on torch: elsewhere a recomputed call has no effect.
 
+    It draws random numbers and takes gradients: see `leaving_random`.
+
     Args:
         model: the user's, which stays as it is.
         copy: shares no layer with it.
@@ -43,7 +45,7 @@ def train_once(model: Any, copy: Any, inputs: Any) -> Seen:
     if {id(layer) for layer in names_of(model)} & {id(layer) for layer in names_of(copy)}:
         raise OptionError("a model must be copied to be trained, and it holds layers in a way that can't be copied")
     norms = norms_of(copy)
-    with leaving_random(), quietly(), keras.StatelessScope(collect_losses=True) as scope, _counted(norms) as calls:
+    with quietly(), keras.StatelessScope(collect_losses=True) as scope, _counted(norms) as calls:
         try:
             outputs = copy(inputs, training=True)
             before, counts = _moved(norms, scope), dict(calls)
