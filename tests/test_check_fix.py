@@ -7,14 +7,15 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.errors import OptionError
-from check_fixtures import CASES, Case, HardWired, images, net, values_of
+from check_fixtures import HardWired, images, net, pair, values_of
+from check_pairs import Case
 
 MENDED = ("BN101", "BN103", "BN104", "BN106", "BN108", "BN109", "BN110", "BN202", "BN301", "BN302")
 LEFT = ("BN102", "BN105", "BN107", "BN111", "BN201", "BN206", "BN303", "BN304")
 
 
 def sick(code: str) -> list[Case]:
-    return [make() for make, _ in CASES[code]]
+    return [make(True) for make in pair.found[code]]
 
 
 @pytest.mark.parametrize("code", MENDED)
