@@ -263,9 +263,11 @@ def test_one_layer_has_no_profile_and_thousands_of_channels_few_bytes():
         (names([3, 4, 6, 3]), ["bn1", "layer1", "layer2", "layer3", "layer4"]),
         ([f"features.{i}.{k}" for i in range(5) for k in range(9)], [f"features.{i}" for i in range(5)]),
         ([f"bn_{i}" for i in range(60)], [""]),
+        ([f"conv{i}_block{k}_bn" for i in (1, 2, 3) for k in range(6)], ["conv1", "conv2", "conv3"]),
+        ([f"/stem/{i}/bn{k}/BatchNormalization" for i in (1, 2) for k in range(8)], ["/stem/1", "/stem/2"]),
         ([f"a.{i}" for i in range(8)], [""]),
     ],
-    ids=["a resnet", "all in one part", "flat names", "few"],
+    ids=["a resnet", "all in one part", "flat names", "Keras", "ONNX", "few"],
 )
 def test_stages_of_a_network(layers, stages):
     page = as_page(Report((), (), (), tuple(layers)), "net.onnx")
@@ -273,8 +275,8 @@ def test_stages_of_a_network(layers, stages):
 
 
 def test_numbers_and_names_are_short():
-    assert [drawings.number(v) for v in (-0.00012345, 123456.0, float("inf"), float("-inf"), float("nan"))] == [
-        "−0.000123", "1.23e+05", "∞", "−∞", "not a number",
+    assert [drawings.number(v) for v in (-0.00012345, 2048, 1234.5, 1e9, float("inf"), float("-inf"), float("nan"))] == [
+        "−0.000123", "2,048", "1,234", "1e+09", "∞", "−∞", "not a number",
     ]  # fmt: skip
     assert drawings.short("layer1.0.bn1", 6) == "…0.bn1"
 

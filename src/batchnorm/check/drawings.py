@@ -14,6 +14,7 @@ WORST = 3
 # what lies below is no distance that anybody would see
 FLOOR = 1e-4
 BINS = 36
+THOUSAND, MILLION = 1e3, 1e6
 SIGNS = {"error": "✕", "warning": "!", "note": "i", "": "·"}
 
 
@@ -221,7 +222,8 @@ def number(value: float) -> str:
     """Return a number as a person reads it."""
     if not isfinite(value):
         return "not a number" if value != value else "∞" if value > 0 else "−∞"
-    return f"{value:.3g}".replace("-", "−")
+    plain = abs(value) < MILLION and (value == int(value) or abs(value) >= THOUSAND)
+    return (f"{value:,.0f}" if plain else f"{value:.3g}").replace("-", "−")
 
 
 def _signed(value: float) -> str:

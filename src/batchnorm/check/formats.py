@@ -54,7 +54,7 @@ def as_json(report: Report, model_name: str) -> str:
         "layers": list(report.layers),
         "observation": None if report.observation is None else report.observation.to_dict(),
     }
-    return json.dumps(_plain(told), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return "{\n" + ",\n".join(f'  "{key}": {_dumped(_plain(value), key)}' for key, value in told.items()) + "\n}\n"
 
 
 def as_sarif(report: Report, file: str) -> str:
@@ -97,6 +97,12 @@ def as_sarif(report: Report, file: str) -> str:
         "columnKind": "unicodeCodePoints",
     }
     return json.dumps({"$schema": _SARIF, "version": "2.1.0", "runs": [run]}, indent=2, allow_nan=False) + "\n"
+
+
+def _dumped(value: Any, key: str) -> str:
+    # a line for each of a million channels would be for nobody
+    indent = None if key == "observation" else 2
+    return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False).replace("\n", "\n  ")
 
 
 def title_of(code: str, report: Report) -> str:

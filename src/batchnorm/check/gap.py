@@ -179,19 +179,22 @@ def _explain_together(gaps: list[_Gap], wrong: list[_Gap], subject: Subject) -> 
         _blame(first, others)
     elif len(wrong) > len(gaps) / 2:
         for gap in wrong:
-            gap.cause = (
-                "statistics of other weights (trained on while statistics stood still, averaged, pruned, rounded, of another "
-                "checkpoint), as most layers are off"
+            gap.cause = "statistics of other weights, as most layers are off"
+            gap.cure = (
+                "Were weights trained on while statistics stood still, averaged, pruned, rounded, or of another checkpoint? "
+                f"{_capital(RECALIBRATE)}."
             )
-            gap.cure = f"{RECALIBRATE[0].upper()}{RECALIBRATE[1:]}."
     else:
-        wrong[
-            0
-        ].cause = (
-            f"its own statistics, or the weights just before it, were changed alone, as {_before(gaps, wrong[0])} fine"
+        root = wrong[0]
+        root.cause = (
+            f"its own statistics, or the weights just before it, were changed alone, as {_before(gaps, root)} fine"
         )
-        wrong[0].cure = f"{RECALIBRATE[0].upper()}{RECALIBRATE[1:]}, or load them from the checkpoint."
-        _blame(wrong[0], others)
+        root.cure = f"{_capital(RECALIBRATE)}, or load them from the checkpoint."
+        _blame(root, others)
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _before(gaps: list[_Gap], gap: _Gap) -> str:

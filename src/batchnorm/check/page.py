@@ -210,17 +210,26 @@ def _groups(report: Report) -> list[Group]:
 
 def _stages(cells: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
     """Return the cells in the parts of the network that their names tell, where that makes a few parts and not many."""
-    for depth in range(1, 5):
-        stages: list[tuple[str, list[Cell]]] = []
-        for cell in cells:
-            name = ".".join(cell.name.split(".")[:depth])
-            if not stages or stages[-1][0] != name:
-                stages.append((name, []))
-            stages[-1][1].append(cell)
-        if len(stages) > 1:
-            break
-    small = len(cells) <= NAMED or not 1 < len(stages) <= min(STAGES, len(cells) / 2)
-    return [("", list(cells))] if small else stages
+    if len(cells) > NAMED:
+        # Keras has one name for the whole way, with underscores in it
+        for separators in ("[./]", "[./_]"):
+            stages = next((found for depth in range(1, 6) if len(found := _cut(cells, separators, depth)) > 1), [])
+            if 1 < len(stages) <= min(STAGES, len(cells) / 2):
+                return stages
+    return [("", list(cells))]
+
+
+def _cut(cells: Sequence[Cell], separators: str, depth: int) -> list[tuple[str, list[Cell]]]:
+    """Return the cells in a row whose names begin alike, for so many parts of the name."""
+    beginning = re.compile(rf"/?(?:.*?(?:{separators}|$)){{{depth}}}", re.DOTALL)
+    stages: list[tuple[str, list[Cell]]] = []
+    for cell in cells:
+        found = beginning.match(cell.name)
+        name = re.sub(f"{separators}$", "", found[0]) if found else cell.name
+        if not stages or stages[-1][0] != name:
+            stages.append((name, []))
+        stages[-1][1].append(cell)
+    return stages
 
 
 def _observed(report: Report) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def _written(report: Report, text: str, plan: Plan) -> list[str]:
 
 
 def _mending(mended: Mended, plan: Plan) -> list[str]:
-    lines = [*str(mended).splitlines(), f"mended model written to {plan.fix}"]
+    lines = [*str(mended).splitlines(), f"model written to {plan.fix}"]
     if plan.fix is not None and plan.fix.suffix in (".safetensors", ".pt"):
         lines.append("tensors alone: set modes, momenta and ε where the model is made")
     return lines

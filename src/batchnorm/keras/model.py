@@ -203,6 +203,11 @@ class KerasModel:
         """``None``: Keras has no modes, each call says how it is meant."""
         return None
 
+    @property
+    def learns(self) -> bool:
+        """Whether any weight of the model is trained."""
+        return bool(self.model.trainable_weights)
+
     def states(self) -> list[NormState]:
         """List the layers in the order in which the model holds them, also of a model that can't be seen through."""
         return states.states(self.model)

@@ -219,6 +219,11 @@ class OnnxModel:
         """``False``: a file only infers."""
         return False
 
+    @property
+    def learns(self) -> bool:
+        """``False``: nothing of a file is trained."""
+        return False
+
     def states(self) -> list[NormState]:
         """List the batch normalization, of subgraphs and functions too; not what is frozen to a Mul and an Add."""
         _check(self._model)
