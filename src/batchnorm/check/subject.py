@@ -156,6 +156,16 @@ class Subject:
         return self._once("data", see, "data", missing=self.data is None)
 
     @cached_property
+    def evaluation(self) -> Observation | None:
+        """What the data shows where every layer normalizes by what it stores; ``None`` where it can't be read again."""
+        if hasattr(self._batches, "__next__"):
+            return None
+        try:
+            return observe(self.view.model, self._batches, **self.options, use="running")
+        except BatchNormError:
+            return None
+
+    @cached_property
     def _batches(self) -> Any:
         """The data; what can be read only once keeps its first batch."""
         data = self.view.batches(self.data)
