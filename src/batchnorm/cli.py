@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_summary(verbs)
     _add_rewrites(verbs)
     _add_recalibrate(verbs)
+    _add_observe(verbs)
     _add_check(verbs)
     _add_bench(verbs)
     return parser
@@ -203,7 +204,7 @@ def _add_reading(add: Callable[..., Any]) -> None:
 
 
 def _data(given: argparse.Namespace) -> Any:
-    data = import_module("batchnorm.recalibrate.shell").read(given.data)
+    data = import_module("batchnorm.datafiles").read(given.data)
     if data is not None:
         return data
     lab = require("batchnorm.lab", "lab")
@@ -215,6 +216,35 @@ def _recalibrate(given: argparse.Namespace) -> None:
     data = _data(given)
     names = ("weights", "batch_size", "method", "batches", "samples", "prior", "tolerance")
     said = shell.run(given.model, data, given.out, **{name: getattr(given, name) for name in names})
+    if said:
+        _say(said)
+
+
+def _add_observe(verbs: Any) -> None:
+    verb = _verb(
+        verbs, "observe", _observe, "hold what reaches each layer against what it stores, in one pass over data"
+    )
+    add = verb.add_argument
+    add("model", help="a .onnx, .keras or .pt2 file, or package.module:factory")
+    add(
+        "--data",
+        required=True,
+        metavar="DATA",
+        help="a .npy or .npz of inputs, package.module:factory of batches, or what compare takes",
+    )
+    add("--weights", type=Path, metavar="FILE", help="a .safetensors or .pt file of tensors, for a factory")
+    add("--batch-size", type=int, default=64, metavar="N", help="samples of a batch of arrays (64)")
+    add("--batches", type=int, metavar="N", help="read at most so many batches")
+    add("--samples", type=int, metavar="N", help="stop after so many samples")
+    add("--use", choices=("batch", "running"), default="batch", help="what layers normalize by (batch)")
+    add("--format", choices=("text", "json"), default="text", help="of what is said (text)")
+    _add_reading(add)
+
+
+def _observe(given: argparse.Namespace) -> None:
+    shell = import_module("batchnorm.observe.shell")
+    names = ("weights", "batch_size", "batches", "samples", "use")
+    said = shell.run(given.model, _data(given), form=given.format, **{name: getattr(given, name) for name in names})
     if said:
         _say(said)
 
