@@ -12,6 +12,9 @@ from batchnorm import cli
 from test_recalibrate_onnx import network as onnx_network
 from test_recalibrate_shell import NETS
 
+# NumPy 2 says it whenever Keras makes an array of a torch tensor
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+
 
 @pytest.fixture
 def nets(elsewhere):
