@@ -93,9 +93,9 @@ def sick(layers=None, *, kept=True, seed=0):
         off(layers[len(layers) // 2], 9.2),
         off(layers[-2], 2.1),
         *(Finding("BN110", name, *momentum, "warning") for name in layers[: max(2, len(layers) // 5)]),
-        Finding("BN302", "", "The optimizer decays γ and β.", "Give them weight decay 0: batchnorm.torch.param_groups.",
+        Finding("BN202", "", "The optimizer decays γ and β.", "Give them weight decay 0: batchnorm.torch.param_groups.",
                 "warning"),
-        Finding("BN304", layers[1], "The bias of conv1 has no effect.", "Strip it: batchnorm strip-bias.", "note", 0,
+        Finding("BN301", layers[1], "The bias of conv1 has no effect.", "Strip it: batchnorm strip-bias.", "note", 0,
                 {"parameters": 64}),
     )  # fmt: skip
     not_run = (

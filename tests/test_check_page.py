@@ -149,7 +149,7 @@ def test_findings_stand_by_rule_with_message_cure_and_numbers(opened):
     page = opened("small")
     titles = page.locator("article h3").all_inner_texts()
     assert [re.search(r"(error|warning|note) (BN\d+)", title).groups() for title in titles] == [
-        ("error", "BN103"), ("warning", "BN110"), ("warning", "BN302"), ("note", "BN304"),
+        ("error", "BN103"), ("warning", "BN110"), ("warning", "BN202"), ("note", "BN301"),
     ]  # fmt: skip
     first = page.locator("article").first
     assert "Cure: Recalibrate the model" in first.inner_text()
@@ -216,10 +216,11 @@ def test_names_that_attack_are_shown_as_they_are(opened):
 
 
 def test_on_paper_nothing_is_cut_off(opened):
-    page = opened("deep")
+    page = opened("deep", width=720)
     page.emulate_media(media="print")
     for region in page.locator("div.scroll").all():
         assert region.evaluate("e => e.scrollHeight <= e.clientHeight + 1")
+        assert region.evaluate("e => e.scrollWidth <= e.clientWidth + 1")
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
@@ -278,9 +279,12 @@ def test_numbers_and_names_are_short():
     assert drawings.short("layer1.0.bn1", 6) == "…0.bn1"
 
 
-def test_a_finding_in_a_layer_that_nobody_knows_has_a_cell():
-    report = Report((Finding("BN103", "ghost", "It is.", "Chase it."),), (), (), ("bn",))
-    assert 'title="ghost"' in as_page(report, "net.onnx")
+def test_a_finding_beside_the_norms_has_no_cell():
+    report = Report((Finding("BN301", "conv", "It is.", "Strip it.", "note"),), (), (), ("bn",))
+    page = as_page(report, "net.onnx")
+    assert 'title="conv"' not in page
+    assert '<li id="finding-0" class="code" tabindex="-1">conv</li>' in page
+    assert "1 note in layers beside them." in page
 
 
 def _rgb(color):

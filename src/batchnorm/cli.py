@@ -1,6 +1,7 @@
 """The command line: one sub-command for each verb, a thin shell."""
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -17,7 +18,7 @@ __all__ = ["main"]
 
 T = TypeVar("T")
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR, INTERRUPTED, CLOSED = 2, 130, 141
 LONGEST = 600
 
 _BENCHES = {
@@ -43,6 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nbatchnorm: stopped; {given.stopped}", file=sys.stderr)  # noqa: T201
         return INTERRUPTED
+    except BrokenPipeError:
+        # who reads has heard enough; nothing may be left for the interpreter to write at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED
     return code or 0
 
 
@@ -321,7 +326,7 @@ def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], int | None]
 
 
 def _say(*lines: object) -> None:
-    print(*lines, sep="\n")  # noqa: T201
+    print(*lines, sep="\n", flush=True)  # noqa: T201
 
 
 def _words(text: str) -> tuple[str, ...]:

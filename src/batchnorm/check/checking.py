@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from batchnorm.check import gap, modes, padding, statistics, training, waste
+from batchnorm.check.cures import in_words_of
 from batchnorm.check.fixing import fix
 from batchnorm.check.report import Finding, NotRun, Report, order
 from batchnorm.check.rules import RULES, Rule
@@ -77,7 +78,7 @@ def check(
     not_run: list[NotRun] = []
     for rule in chosen:
         try:
-            findings += rule.look(subject)
+            findings += (in_words_of(subject.framework, finding) for finding in rule.look(subject))
         except MissingError as missing:
             not_run.append(NotRun(rule.code, rule.title, str(missing)))
     return Report(

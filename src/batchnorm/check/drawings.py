@@ -196,7 +196,7 @@ def _bars(seen: Any, channel: int, span: tuple[float, float], deviation: float, 
     values = inputs_of(seen, channel)
     if values is None or deviation == 0.0:
         return ""
-    counts, edges = np.histogram(values, BINS, range=span)
+    counts, edges = np.histogram(values, min(BINS, max(6, round(2 * float(np.cbrt(values.size))))), range=span)
     wide = edges[1] - edges[0]
     shares = counts / max(1, values.size) / wide * deviation * (2 * np.pi) ** 0.5
     path = "".join(

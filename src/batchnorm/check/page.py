@@ -2,6 +2,7 @@
 
 import datetime
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -66,39 +67,38 @@ class Cell:
 
 
 @dataclass(slots=True)
-class Group:
-    """All findings of one rule and level, with their numbers in the report."""
+class Part:
+    """Findings of one rule that are mended alike, with their numbers in the report."""
 
-    code: str
-    title: str
-    why: str
-    level: str
+    cure: str
     findings: list[tuple[int, Finding]] = field(default_factory=list)
 
     @property
-    def layers(self) -> int:
-        """How many layers it was found in."""
-        return len({finding.layer for _, finding in self.findings if finding.layer})
-
-    @property
     def message(self) -> str:
-        """What was found, where it is the same everywhere."""
-        return _only({finding.message for _, finding in self.findings})
-
-    @property
-    def cure(self) -> str:
-        """What to do, where it is the same everywhere."""
-        return _only({finding.cure for _, finding in self.findings})
+        """What was found, where it is the same everywhere; else empty."""
+        messages = {finding.message for _, finding in self.findings}
+        return next(iter(messages)) if len(messages) == 1 else ""
 
     @property
     def columns(self) -> list[str]:
         """The names of what was measured."""
         return list(dict.fromkeys(name for _, finding in self.findings for name in finding.numbers))
 
+
+@dataclass(slots=True)
+class Group:
+    """All findings of one rule and level, in parts that are mended alike."""
+
+    code: str
+    title: str
+    why: str
+    level: str
+    parts: dict[str, Part] = field(default_factory=dict)
+
     @property
-    def plain(self) -> bool:
-        """Whether the names of the layers are all there is to list."""
-        return bool(self.message and self.cure) and not self.columns
+    def layers(self) -> int:
+        """How many layers it was found in."""
+        return len({finding.layer for part in self.parts.values() for _, finding in part.findings if finding.layer})
 
 
 def as_page(report: Report, model_name: str, command: str = "") -> str:
@@ -154,12 +154,19 @@ def _headline(report: Report, cells: Sequence[Cell]) -> str:
     if not report.findings:
         return f"Nothing was found in {layers}."
     counts = [(level, sum(finding.level == level for finding in report)) for level in LEVELS]
-    found = [_count(many, level) for level, many in counts if many]
-    told = " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
+    found = _listed([_count(many, level) for level, many in counts if many])
     sick = sum(bool(cell.findings) for cell in cells)
-    where = f"in {sick} of {layers}" if sick else "in the model as a whole"
-    more = any(not finding.layer for finding in report) and sick
-    return f"{told} {where}{' and in the model as a whole' if more else ''}."
+    names = {cell.name for cell in cells}
+    places = [
+        f"in {sick} of {layers}" if sick else "",
+        "in layers beside them" if any(finding.layer and finding.layer not in names for finding in report) else "",
+        "in the model as a whole" if any(not finding.layer for finding in report) else "",
+    ]
+    return f"{found} {_listed([place for place in places if place])}."
+
+
+def _listed(parts: list[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def _spoken(name: str) -> str:
@@ -167,6 +174,9 @@ def _spoken(name: str) -> str:
 
 
 def _opened(sentence: str) -> str:
+    if not re.match("[a-z]+ [^=]", sentence):
+        # a name of code keeps its letters
+        return sentence
     return f"{sentence[:1].upper()}{sentence[1:]}"
 
 
@@ -174,16 +184,11 @@ def _count(many: int, thing: str) -> str:
     return f"{many:,} {thing}{'' if many == 1 else 's'}"
 
 
-def _only(texts: set[str]) -> str:
-    return next(iter(texts)) if len(texts) == 1 else ""
-
-
 def _cells(report: Report) -> list[Cell]:
-    # a finding may name a layer that has no normalization
-    names = dict.fromkeys([*report.layers, *(finding.layer for finding in report if finding.layer)])
-    cells = {name: Cell(place, name) for place, name in enumerate(names, 1)}
+    cells = {name: Cell(place, name) for place, name in enumerate(report.layers, 1)}
     for i, finding in enumerate(report.findings):
-        if finding.layer:
+        # others name a layer beside a norm, or none
+        if finding.layer in cells:
             cells[finding.layer].findings.append((i, finding))
     for name, one in _observed(report).items():
         if name in cells:
@@ -195,8 +200,11 @@ def _groups(report: Report) -> list[Group]:
     """Return the findings by rule, the worst first."""
     groups: dict[tuple[str, str], Group] = {}
     for i, finding in enumerate(report.findings):
-        new = Group(finding.code, title_of(finding.code, report), why_of(finding.code), finding.level)
-        groups.setdefault((finding.code, finding.level), new).findings.append((i, finding))
+        code = finding.code
+        group = groups.setdefault(
+            (code, finding.level), Group(code, title_of(code, report), why_of(code), finding.level)
+        )
+        group.parts.setdefault(finding.cure, Part(finding.cure)).findings.append((i, finding))
     return list(groups.values())
 
 

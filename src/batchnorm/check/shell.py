@@ -1,10 +1,10 @@
 """Check a model from its file, for the command line."""
 
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from batchnorm.check.checking import check
 from batchnorm.check.formats import as_json, as_sarif
 from batchnorm.check.mended import Mended
 from batchnorm.check.report import NOTE, Report
@@ -102,8 +102,7 @@ def run(
         loaded.eval()
     view = adapt(loaded)
     example = view.example(inputs)
-    check = import_module("batchnorm.check").check
-    options = {} if batches is None else {"batches": batches}
+    options: dict[str, Any] = {} if batches is None else {"batches": batches}
     report = check(view.model, example, data=read, training=training, **codes, **options)
     text = _told(report, model, plan)
     mended = None if fix is None else report.fix()
@@ -117,7 +116,6 @@ def run(
 
 def list_rules() -> str:
     """Return the table of all rules: code, what it finds, what it needs beside the model."""
-    import_module("batchnorm.check")
     return table(("Code", "Finds", "Needs"), [(r.code, r.title, r.needs or "–") for _, r in sorted(RULES.items())])
 
 
