@@ -26,6 +26,7 @@ _BENCHES = {
     "fold": "folding beside other tools: what goes, what goes wrong, time and latency",
     "effects": "what each option of the layers does to a small network",
     "recalibrate": "recalibration beside other tools, its cost, and what it gives back",
+    "observe": "what observing costs: a pass over data, and a training with a monitor",
     "sync": "synchronized layers: exactness and cost on processes of this machine",
     "layers": "speed and exactness of the layers beside PyTorch's own",
 }
