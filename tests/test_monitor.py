@@ -170,6 +170,17 @@ def test_a_compiled_model_is_observed_in_eager_steps_and_compiled_in_others():
         pass
 
 
+def test_compiled_parts_are_observed_too():
+    part = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model = nn.Sequential(torch.compile(part, backend="eager"), nn.ReLU())
+    with bnt.Monitor(model, every=2) as monitor:
+        for _ in range(3):
+            model(torch.randn(4, 3, 6, 6))
+    torch._dynamo.reset()
+    assert [len(record["layers"]) for record in monitor.history] == [1, 1]
+    assert part[1].num_batches_tracked == 3
+
+
 def test_copies_of_a_model_are_not_observed_and_can_be_made_and_saved():
     model = net()
     with bnt.Monitor(model, every=1) as monitor:

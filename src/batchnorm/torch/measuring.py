@@ -19,7 +19,7 @@ from batchnorm.torch.evaluation import untraced
 from batchnorm.torch.layers import BatchNorm
 from batchnorm.torch.statistics import discovered
 from batchnorm.torch.sums import moments_of
-from batchnorm.torch.watching import LinearOutputs, input_of, piece_of, weights_of
+from batchnorm.torch.watching import LinearOutputs, fits, input_of, piece_of, weights_of
 
 __all__ = ["measuring"]
 
@@ -170,6 +170,8 @@ class _Watch(TorchFunctionMode):
 
         def before(layer: Any, args: Any, kwargs: Any) -> None:
             x, one = input_of(args, kwargs), self.watched[layer]
+            if not isinstance(layer, BatchNorm) and not fits(one, x):
+                return
             weights = weights_of(layer, args, kwargs)
             if one.key is None:
                 self._measure(one, x, weights)

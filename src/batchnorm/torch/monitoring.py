@@ -22,7 +22,7 @@ from batchnorm.torch.rates import rates
 from batchnorm.torch.states import states
 from batchnorm.torch.statistics import stored, unwrapped
 from batchnorm.torch.sums import moments_of
-from batchnorm.torch.watching import LinearOutputs, input_of, piece_of, weights_of
+from batchnorm.torch.watching import LinearOutputs, fits, input_of, piece_of, weights_of
 
 __all__ = ["Monitor"]
 
@@ -197,9 +197,11 @@ class _Step:
 
     def see(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
         """See a call of a layer; calls of other modules are none of ours."""
-        if layer in self.owners:
+        one, x = self.owners.get(layer), input_of(args, kwargs)
+        # what does not fit is told by the layer itself
+        if one is not None and fits(one, x):
             with torch.no_grad(), np.errstate(all="ignore"):
-                self._see(self.owners[layer], input_of(args, kwargs), weights_of(layer, args, kwargs))
+                self._see(one, x, weights_of(layer, args, kwargs))
 
     def _see(self, one: Statistics, x: torch.Tensor, weights: torch.Tensor | None) -> None:
         if one not in self.calls:

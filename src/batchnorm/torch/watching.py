@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from batchnorm.protocol import piece
+from batchnorm.protocol import Statistics, piece
 from batchnorm.torch.layers import BatchNorm
 from batchnorm.torch.weights import Weights
 
-__all__ = ["LinearOutputs", "input_of", "piece_of", "weights_of"]
+__all__ = ["LinearOutputs", "fits", "input_of", "piece_of", "weights_of"]
 
 
 class LinearOutputs:
@@ -40,8 +40,15 @@ class LinearOutputs:
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return what a layer is called on."""
-    return args[0] if args else kwargs.get("x", kwargs.get("input"))
+    """Return what a layer is called on; ``None`` where nothing is given to it."""
+    return args[0] if args else kwargs.get("x", kwargs.get("input", next(iter(kwargs.values()), None)))
+
+
+def fits(one: Statistics, x: Any) -> bool:
+    """Whether an input has the channels of a layer on axis 1: modules of others may keep statistics of anything."""
+    if not isinstance(x, Tensor) or x.ndim < 2 or not x.is_floating_point():
+        return False
+    return one.mean is None or one.mean.shape == (x.shape[1],)
 
 
 def weights_of(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
