@@ -50,6 +50,7 @@ NAMES = {
         "BatchNorm1d",
         "BatchNorm2d",
         "BatchNorm3d",
+        "Monitor",
         "RenormSchedule",
         "accumulate",
         "add_domains",

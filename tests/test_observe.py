@@ -377,6 +377,36 @@ def test_a_program_is_observed():
         observe(program, [x], optimizer=torch.optim.SGD(model.parameters()))
 
 
+class ChannelsLast(nn.Module):
+    """Keeps statistics of the last axis, in a way of its own."""
+
+    def __init__(self):
+        super().__init__()
+        for name, value in (("weight", 1.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((5,), value))
+
+    def forward(self, *, hidden):
+        return (hidden - self.running_mean) / self.running_var.sqrt() * self.weight
+
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.odd, self.norm = ChannelsLast(), nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        return self.norm(self.odd(hidden=x))
+
+
+def test_statistics_of_something_else_are_left_alone():
+    model, x = Odd(), torch.randn(8, 3, 5)
+    found = observe(model, [x])
+    assert ([one.layer for one in found], found.unreached) == (["norm"], ("odd",))
+    with bnt.Monitor(model.train(), every=1) as monitor:
+        model(x)
+    assert list(monitor.history[0]["layers"]) == ["norm"]
+
+
 # -- how fast weights turn ---------------------------------------------------------------------------------------------
 
 

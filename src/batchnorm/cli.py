@@ -26,6 +26,7 @@ _BENCHES = {
     "fold": "folding beside other tools: what goes, what goes wrong, time and latency",
     "effects": "what each option of the layers does to a small network",
     "recalibrate": "recalibration beside other tools, its cost, and what it gives back",
+    "observe": "what observing costs: a pass over data, and a training with a monitor",
     "sync": "synchronized layers: exactness and cost on processes of this machine",
     "layers": "speed and exactness of the layers beside PyTorch's own",
 }
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_summary(verbs)
     _add_rewrites(verbs)
     _add_recalibrate(verbs)
+    _add_observe(verbs)
     _add_check(verbs)
     _add_bench(verbs)
     return parser
@@ -208,7 +210,7 @@ def _add_reading(add: Callable[..., Any]) -> None:
 
 
 def _data(given: argparse.Namespace) -> Any:
-    data = import_module("batchnorm.recalibrate.shell").read(given.data)
+    data = import_module("batchnorm.datafiles").read(given.data)
     if data is not None:
         return data
     lab = require("batchnorm.lab", "lab")
@@ -220,6 +222,35 @@ def _recalibrate(given: argparse.Namespace) -> None:
     data = _data(given)
     names = ("weights", "batch_size", "method", "batches", "samples", "prior", "tolerance")
     said = shell.run(given.model, data, given.out, **{name: getattr(given, name) for name in names})
+    if said:
+        _say(said)
+
+
+def _add_observe(verbs: Any) -> None:
+    verb = _verb(
+        verbs, "observe", _observe, "hold what reaches each layer against what it stores, in one pass over data"
+    )
+    add = verb.add_argument
+    add("model", help="a .onnx, .keras or .pt2 file, or package.module:factory")
+    add(
+        "--data",
+        required=True,
+        metavar="DATA",
+        help="a .npy or .npz of inputs, package.module:factory of batches, or what compare takes",
+    )
+    add("--weights", type=Path, metavar="FILE", help="a .safetensors or .pt file of tensors, for a factory")
+    add("--batch-size", type=int, default=64, metavar="N", help="samples of a batch of arrays (64)")
+    add("--batches", type=int, metavar="N", help="read at most so many batches")
+    add("--samples", type=int, metavar="N", help="stop after so many samples")
+    add("--use", choices=("batch", "running"), default="batch", help="what layers normalize by (batch)")
+    add("--format", choices=("text", "json"), default="text", help="of what is said (text)")
+    _add_reading(add)
+
+
+def _observe(given: argparse.Namespace) -> None:
+    shell = import_module("batchnorm.observe.shell")
+    names = ("weights", "batch_size", "batches", "samples", "use")
+    said = shell.run(given.model, _data(given), form=given.format, **{name: getattr(given, name) for name in names})
     if said:
         _say(said)
 

@@ -10,7 +10,7 @@ from batchnorm.affine import Affine
 from batchnorm.moments import Moments
 from batchnorm.protocol import Pair, Statistics
 
-__all__ = ["Observed", "Part", "divergence", "json_ready", "judged", "outputs", "rounding"]
+__all__ = ["Observed", "Part", "divergence", "json_ready", "judged", "normalizing", "outputs", "rounding"]
 
 ULPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 # a spread of so many units in the last place of the mean is rounding
@@ -210,6 +210,13 @@ def outputs(
         low, high = (bound.reshape(-1, *[1] * (inputs.ndim - 2)).astype(inputs.dtype) for bound in bounds)
     large = np.count_nonzero(inputs > high) + np.count_nonzero(inputs < low)
     return float(silent.mean()), large / inputs.size
+
+
+def normalizing(one: Statistics, first: Moments, *, by_batch: bool) -> Pair:
+    """Return the mean and variance that a call is normalized by, where moving layers do it by the batch or not."""
+    # a single value has no variance
+    own = one.mean is None or (by_batch and not one.fixed and first.count > 1)
+    return (first.mean, first.variance) if own else one.pair
 
 
 def rounding(precision: str) -> float:

@@ -9,12 +9,12 @@ from batchnorm.check.formats import as_json, as_sarif
 from batchnorm.check.mended import Mended
 from batchnorm.check.report import NOTE, Report
 from batchnorm.check.rules import RULES
+from batchnorm.datafiles import BATCH_SIZE, cut
 from batchnorm.errors import OptionError
 from batchnorm.files import replacing
 from batchnorm.fold.shell import check_shapes
 from batchnorm.models import adapt, check_ending, load, save
 from batchnorm.protocol import Model
-from batchnorm.recalibrate.shell import BATCH_SIZE, cut
 from batchnorm.rooms import require
 from batchnorm.tables import table
 
@@ -74,7 +74,7 @@ def run(
         model: a file, or ``package.module:factory``.
         weights: tensors for the model of a factory.
         inputs: name (may be empty) and shape of each input of an example; none for none.
-        data: what `recalibrate.shell.read` returns, or an array ``(N, ...)``; ``None`` for none.
+        data: what `datafiles.read` returns, or an array ``(N, ...)``; ``None`` for none.
         batch_size: samples of a batch, where the data is arrays.
         batches: read at most these.
         training: whether the model is to be trained; ``None`` for what its mode says.

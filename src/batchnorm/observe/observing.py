@@ -10,7 +10,7 @@ from batchnorm.errors import BatchNormError, OptionError
 from batchnorm.models import adapt
 from batchnorm.moments import Moments
 from batchnorm.observe.observation import Observation
-from batchnorm.observed import Observed, Part, judged, outputs, rounding
+from batchnorm.observed import Observed, Part, judged, normalizing, outputs, rounding
 from batchnorm.protocol import Measured, Model, Pair, Statistics
 from batchnorm.reading import check_reading, gathered, of_two, through
 from batchnorm.source import Source
@@ -160,8 +160,7 @@ class _Total:
 
     def _shares(self, one: Statistics, inputs: np.ndarray, first: Moments) -> tuple[float | None, float | None]:
         """Return the shares of silent channels and of large outputs, in the piece of the first call."""
-        state, moves = self.known.get(one.name), not one.fixed and self.use == "batch" and first.count > 1
-        used = one.pair if one.mean is not None and not moves else (first.mean, first.variance)
+        state, used = self.known.get(one.name), normalizing(one, first, by_batch=self.use == "batch")
         gamma, beta, eps = (None, None, one.eps) if state is None else (state.gamma, state.beta, state.eps)
         return outputs(inputs, used, gamma, beta, eps)
 
