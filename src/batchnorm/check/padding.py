@@ -1,5 +1,6 @@
 """Rule 112: zeros that fill up sequences, and are measured as if they were data."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,14 +60,16 @@ def _padding(x: np.ndarray) -> np.ndarray | None:
 def _runs(rows: np.ndarray) -> np.ndarray:
     """Return which places ``(N, L)`` belong to a constant run up to the end, of the same constant in all samples."""
     best = np.zeros(rows.shape[:2], bool)
-    length = rows.shape[1]
+    length, most = rows.shape[1], max(2, 0.1 * len(rows))
     for border in range(min(BORDER, length - 1)):
         last = length - 1 - border
-        # the vector that most samples end in
-        vectors, counts = np.unique(rows[:, last], axis=0, return_counts=True)
-        if counts.max() < max(2, 0.1 * len(rows)):
+        ends: Any = np.equal(rows[:, last], rows[:, last - 1]).all(axis=-1)
+        # the vector that most samples end in, of those that end in two places alike; minus zero is zero
+        counts = Counter(row.tobytes() for row in rows[ends, last] + 0.0)
+        vector, count = counts.most_common(1)[0] if counts else (b"", 0)
+        if count < most:
             continue
-        same: Any = np.equal(rows[:, : last + 1], vectors[counts.argmax()]).all(axis=-1)
+        same: Any = np.equal(rows[:, : last + 1], np.frombuffer(vector, rows.dtype)).all(axis=-1)
         run: Any = np.logical_and.accumulate(same[:, ::-1], axis=1)[:, ::-1]
         run[run.sum(1) < 2] = False
         if run.sum() > best.sum():
