@@ -251,6 +251,10 @@ def seeds(zoo: str = "") -> list[Seed]:
 
 def _member(member: Any, rng: np.random.Generator) -> tuple[nn.Module, Any]:
     model, example = member.build()
+    config = getattr(model, "config", None)
+    if hasattr(config, "apply_spec_augment"):
+        # its masks are longer than the short waves here
+        config.apply_spec_augment = False
     return model, example
 
 
