@@ -50,6 +50,7 @@ bench: $(VENV)/.zoo  ## the measured figures of README and docs, in benchmarks/
 	$(BIN)/batchnorm bench layers --out benchmarks
 	$(BIN)/batchnorm bench fold --out benchmarks
 	$(BIN)/batchnorm bench recalibrate --out benchmarks
+	$(BIN)/batchnorm bench check --out benchmarks
 	$(BIN)/batchnorm bench sync --out benchmarks
 
 format: $(VENV)/.dev  ## mend format and style in place

@@ -57,6 +57,22 @@ def all_new(sick: bool) -> Case:
     return Case(model.train(not sick), "1")
 
 
+class Spare(nn.Module):
+    """A network with a layer that it may have left over."""
+
+    def __init__(self, called: bool) -> None:
+        super().__init__()
+        self.net, self.spare, self.called = net(), nn.BatchNorm1d(4), called
+
+    def forward(self, x: Tensor) -> Any:
+        return self.spare(self.net(x)) if self.called else self.net(x)
+
+
+@pair("BN101")
+def left_over(sick: bool) -> Case:
+    return Case(Spare(called=sick).eval(), "spare", {"example": images(16)})
+
+
 @pair("BN102")
 def negative(sick: bool) -> Case:
     model = net()
@@ -298,6 +314,15 @@ def dead_channel(sick: bool) -> Case:
     x = torch.rand(64, 6)
     x[:, 2] = 0.5 if sick else 0.5 + 0.05 * torch.randn(64)
     return Case(train(nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 2)), x, 200), "0")
+
+
+@pair("BN205")
+def small_values(sick: bool) -> Case:
+    # far below ε, and alive
+    torch.manual_seed(0)
+    x = torch.rand(64, 6)
+    x[:, 2] = 1.0 if sick else 1e-6 * torch.randn(64)
+    return Case(train(nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 2)), x, 300), "0")
 
 
 @pair("BN206")

@@ -79,7 +79,8 @@ def _run_to(rows: np.ndarray) -> np.ndarray | None:
     repeats: Any = np.equal(rows[:, -1], rows[:, -2]).all(axis=-1)
     if repeats.sum() < max(2, FEWEST * len(rows)):
         return None
-    ends = Counter(row.tobytes() for row in rows[repeats, -1])
+    # minus zero is zero
+    ends = Counter(row.tobytes() for row in rows[repeats, -1] + 0.0)
     vector, count = ends.most_common(1)[0]
     if count < max(2, FEWEST * len(rows)):
         return None

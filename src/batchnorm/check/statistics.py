@@ -15,8 +15,9 @@ __all__: list[str] = []
 RECALIBRATE = "measure them anew: recalibrate(model, data)"
 # the largest numbers of dtypes that statistics should not be kept in
 _LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38}
-# γ²·x̂² of a channel without variance is told by that share of ε
-DEAD = 1e-2
+# share of the initial values up to which a running mean of zero may be theirs; what float32 leaves of a constant's variance,
+# beside its mean's square; and what one update rounds off
+DEAD, ROUNDED, ROUNDING = 1e-2, 1e-6, 1e-7
 # layers that a group must have before one of them is the odd one out, and the share of the others that must agree
 GROUP, SAME = 3, 0.9
 
@@ -29,7 +30,11 @@ def never_updated(subject: Subject) -> Iterator[Finding]:
     if len(fresh) == len(kept) and subject.trains:
         # a new model that is about to be trained
         return
+    reached = _reached(subject) if fresh else None
     for state in fresh:
+        if reached is not None and state.name not in reached:
+            # left over in the model, and never called
+            continue
         counted = f", although {state.updates} batches were counted" if state.updates else ""
         yield Finding(
             "BN101",
@@ -40,6 +45,14 @@ def never_updated(subject: Subject) -> Iterator[Finding]:
             ERROR,
             2.0,
         )
+
+
+def _reached(subject: Subject) -> set[str] | None:
+    """Return the layers that an example reaches; ``None`` without one."""
+    try:
+        return set(subject.rehearsal.calls)
+    except MissingError:
+        return None
 
 
 def _is_initial(state: NormState) -> bool:
@@ -177,8 +190,9 @@ def _stored_dead(state: NormState) -> np.ndarray:
     share = state.initial_share
     if share is None or (state.mean is not None and not state.mean.any() and share > DEAD):
         share = 0.0
-    # float32 knows 1 to seven digits
-    dead: np.ndarray = np.abs(state.variance - share) <= DEAD * state.eps + 1e-7 * share
+    # not beside ε: a channel of small values is not dead
+    rounded = 0.0 if state.mean is None else np.minimum(ROUNDED * state.mean**2, DEAD * state.eps)
+    dead: np.ndarray = np.abs(state.variance - share) <= rounded + ROUNDING * share * (1 + (state.updates or 0))
     return dead
 
 
