@@ -15,9 +15,8 @@ from batchnorm.states import Mend
 __all__ = ["fix"]
 
 # what new statistics mend
-_STATISTICS = ("BN101", "BN102", "BN103", "BN203", "BN110", "BN104")
+_MEASURED = ("BN101", "BN102", "BN103", "BN203")
 _NOT_SAFE = {
-    "BN104": "its statistics may have moved already: load them from the checkpoint",
     "BN111": "which ε is right is known to who converted it: set eps",
     "BN112": "a mask must be handed to the layer",
     "BN304": "prune(model, example, threshold=…) changes the sizes of layers",
@@ -57,12 +56,8 @@ def fix(report: Report, subject: Subject) -> Mended:
     work.set_layers()
     work.measure()
     work.spare()
-    work.rewrite(
-        "BN301", "BN301" in codes, lambda model, example: strip_bias(model, example).model, "biases are stripped"
-    )
-    work.rewrite(
-        "BN302", "BN302" in codes, lambda model, example: fold(model, example).model, "folded into their neighbours"
-    )
+    work.rewrite("BN301", lambda model, example: strip_bias(model, example).model, "biases are stripped")
+    work.rewrite("BN302", lambda model, example: fold(model, example).model, "folded into their neighbours")
     for code, layers in codes.items():
         if code not in work.handled:
             reason = _NOT_SAFE.get(code, "it needs a decision: see its cure")
@@ -85,7 +80,7 @@ class _Work:
             wanted = {name: setting(self.subject, name) for name in layers if name in self.subject.by_name}
             mends = {name: mend for name, mend in wanted.items() if mend is not None}
             if mends:
-                self._try(code, list(mends), partial(self.subject.view.mend, mends), self._said(what, mends))
+                self._try({code: list(mends)}, partial(self.subject.view.mend, mends), self._said(what, mends))
             written = [name for name in layers if name not in mends]
             self.left += [
                 Left(code, name, "it is written into the model's code, not set in the layer") for name in written
@@ -99,50 +94,37 @@ class _Work:
 
     def measure(self) -> None:
         """Measure statistics anew, where data was given."""
-        codes = [code for code in _STATISTICS[:4] if code in self.codes]
-        if not codes:
-            return
-        if not self.subject.has_data:
-            self.handled |= set(codes)
-            self.left += [
-                Left(code, layer, "it needs data to measure on") for code in codes for layer in self.codes[code]
-            ]
-            return
-        layers = [layer for code in codes for layer in self.codes[code]]
-        self._try(codes[0], list(dict.fromkeys(layers)), self._recalibrate, "statistics are those of the data", codes)
+        found = {code: self.codes[code] for code in _MEASURED if code in self.codes}
+        if found:
+            self._try(found, self._recalibrate, "statistics are those of the data")
 
     def _recalibrate(self) -> None:
-        options = {key: value for key, value in self.subject.options.items() if key != "optimizer"}
-        recalibrate(self.subject.view.model, self.subject.data, **options)
+        if not self.subject.has_data:
+            raise MissingError("it needs data to measure on")
+        recalibrate(self.subject.view.model, self.subject.data, **self.subject.options)
 
     def spare(self) -> None:
         """Take weight decay off γ and β."""
         if "BN202" in self.codes:
-            optimizer = self.subject.optimizer
-            self._try(
-                "BN202",
-                self.codes["BN202"],
-                lambda: self.subject.view.spare(optimizer),
-                "γ and β are no longer decayed",
-            )
+            spare = partial(self.subject.view.spare, self.subject.optimizer)
+            self._try({"BN202": self.codes["BN202"]}, spare, "γ and β are no longer decayed")
 
-    def rewrite(self, code: str, wanted: bool, change: Callable[[Any, Any], Any], what: str) -> None:
+    def rewrite(self, code: str, change: Callable[[Any, Any], Any], what: str) -> None:
         """Change the structure in a copy, with a proof."""
-        if not wanted:
-            return
 
         def run() -> None:
             self.model = change(self.model, self.subject.example)
 
-        self._try(code, self.codes[code], run, what)
+        if code in self.codes:
+            self._try({code: self.codes[code]}, run, what)
 
-    def _try(
-        self, code: str, layers: list[str], run: Callable[[], Any], what: str, codes: list[str] | None = None
-    ) -> None:
-        self.handled |= set(codes or [code])
+    def _try(self, found: dict[str, list[str]], run: Callable[[], Any], what: str) -> None:
+        """Do something against findings of some rules, and note what came of it."""
+        self.handled |= set(found)
         try:
             run()
         except (BatchNormError, MissingError) as error:
-            self.left += [Left(code, layer, " ".join(str(error).split())) for layer in layers]
+            reason = " ".join(str(error).split())
+            self.left += [Left(code, layer, reason) for code, layers in found.items() for layer in layers]
         else:
-            self.done.append(Step(code, tuple(layers), what))
+            self.done += [Step(code, tuple(layers), what) for code, layers in found.items()]
