@@ -99,7 +99,7 @@ class _Work:
             self._try(found, self._recalibrate, "statistics are those of the data")
 
     def _recalibrate(self) -> None:
-        if not self.subject.has_data:
+        if self.subject.data is None:
             raise MissingError("it needs data to measure on")
         recalibrate(self.subject.view.model, self.subject.data, **self.subject.options)
 

@@ -1,11 +1,12 @@
-"""What is known of the model that is checked: each piece is found out when a rule asks for it, once."""
+"""What is known of the model that is checked, and of what was given with it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from itertools import chain
 from typing import Any
 
-from batchnorm.errors import BatchNormError, OptionError
+from batchnorm.check.pieces import MissingError, piece
+from batchnorm.errors import BatchNormError, DataError
 from batchnorm.graph import Graph, Node, Norm, Normalize
 from batchnorm.models import framework_of, processes
 from batchnorm.observe import Observation, observe
@@ -14,10 +15,6 @@ from batchnorm.source import Source
 from batchnorm.states import BatchSizes, NormState, Optimization, Rehearsal
 
 __all__ = ["MissingError", "Subject"]
-
-
-class MissingError(Exception):
-    """A rule needs something that is not there; says what."""
 
 
 class Subject:
@@ -34,6 +31,8 @@ class Subject:
 
     Attributes:
         problems: what could not be used, a sentence each.
+        trains: whether the model is to be trained.
+        infers: whether the model is to be used as it is.
     """
 
     def __init__(
@@ -49,11 +48,20 @@ class Subject:
     ) -> None:
         self.view = view
         self.problems: list[str] = []
-        self._example, self.data, self.optimizer, self._loader = example, data, optimizer, loader
-        self.options = options
+        self.found: dict[str, Any] = {}
+        self.data, self.optimizer, self.loader, self.options = data, optimizer, loader, options
+        self._given = example
         given = optimizer is not None or loader is not None
         self.trains = bool(view.training) or given if training is None else training
         self.infers = not self.trains if training is not None else not (self.trains or data is not None)
+
+    def lacks(self, what: str, *, failed: bool = False) -> bool:
+        """Whether something was not given, by its name in words; ``failed`` where it was tried without."""
+        given = {"data": self.data, "the optimizer": self.optimizer, "the loader": self.loader}
+        if what in given:
+            return given[what] is None
+        # most models know the shapes of their inputs; of modules of torch it can't be asked
+        return failed and self._given is None and self.data is None and self.framework == "torch"
 
     # -- the model itself ----------------------------------------------------------------------------------------------
 
@@ -72,6 +80,36 @@ class Subject:
         """The layers by their names."""
         return {state.name: state for state in self.states}
 
+    @cached_property
+    def processes(self) -> int:
+        """How many processes the model is trained in."""
+        return processes()
+
+    # -- on an example -------------------------------------------------------------------------------------------------
+
+    @piece("an example")
+    def example(self) -> Any:
+        """The example that was given, or the first batch; ``None`` where the model knows its inputs."""
+        if self._given is None and self.data is not None:
+            return self.view.example_of(self._first_batch)
+        return self._given
+
+    @piece("an example")
+    def graph(self) -> Graph:
+        """The picture of the model on the example."""
+        return self.view.graph(self.example)
+
+    @piece("an example", told=False)
+    def rehearsal(self) -> Rehearsal:
+        """What a step of training on the example has shown."""
+        # an example that fails is told once
+        assert self.graph is not None  # noqa: S101
+        return self.view.rehearse(self.example)
+
+    def calls(self) -> Iterator[tuple[Norm, list[Node]]]:
+        """Yield the normalizations of the picture with their calls."""
+        yield from self.graph.norms().items()
+
     def state_of(self, norm: Norm) -> NormState | None:
         """Return the layer that a normalization of the picture is; ``None`` where it is not one that is stored."""
         return self.by_name.get(norm.name) or self.by_name.get(norm.holder)
@@ -80,50 +118,6 @@ class Subject:
         """Return the name of the layer that a normalization of the picture is."""
         state = self.state_of(norm)
         return norm.name if state is None else state.name
-
-    @cached_property
-    def processes(self) -> int:
-        """How many processes the model is trained in."""
-        return processes()
-
-    # -- on an example -------------------------------------------------------------------------------------------------
-
-    @property
-    def graph(self) -> Graph:
-        """The picture of the model on an example."""
-        return self._graph()
-
-    @property
-    def rehearsal(self) -> Rehearsal:
-        """What a step of training on the example has shown."""
-        return self._rehearsal()
-
-    @cached_property
-    def _graph(self) -> Callable[[], Graph]:
-        def see() -> Graph:
-            example = self.example
-            return self.view.graph(example)
-
-        return self._once("an example", see, "example input")
-
-    @cached_property
-    def _rehearsal(self) -> Callable[[], Rehearsal]:
-        def see() -> Rehearsal:
-            self._graph()
-            return self.view.rehearse(self.example)
-
-        return self._once("an example", see, "", said=False)
-
-    @property
-    def example(self) -> Any:
-        """The example that was given, or the first batch."""
-        if self._example is None and self.data is not None:
-            self._example = self.view.example_of(self._first_batch)
-        return self._example
-
-    def calls(self) -> Iterator[tuple[Norm, list[Node]]]:
-        """Yield the normalizations of the picture with their calls."""
-        yield from self.graph.norms().items()
 
     def values(self, samples: int | None) -> Iterator[tuple[str, int, int]]:
         """Yield for each layer its name, the places of a sample and the values a channel of a batch.
@@ -143,17 +137,10 @@ class Subject:
 
     # -- on data -------------------------------------------------------------------------------------------------------
 
-    @property
+    @piece("data")
     def observation(self) -> Observation:
         """What the data has shown, each layer alone: those before it normalize as in training."""
-        return self._observation()
-
-    @cached_property
-    def _observation(self) -> Callable[[], Observation]:
-        def see() -> Observation:
-            return observe(self.view.model, self._batches, **self.options)
-
-        return self._once("data", see, "data", missing=self.data is None)
+        return observe(self.view.model, self._batches, **self.options)
 
     @cached_property
     def evaluation(self) -> Observation | None:
@@ -165,101 +152,42 @@ class Subject:
         except BatchNormError:
             return None
 
+    @property
+    def seen(self) -> Observation | None:
+        """The observation, if a rule has asked for it and it could be made."""
+        found = self.found.get("observation")
+        return found if isinstance(found, Observation) else None
+
     @cached_property
     def _batches(self) -> Any:
         """The data; what can be read only once keeps its first batch."""
         data = self.view.batches(self.data)
         if not hasattr(data, "__next__"):
             return data
-        try:
-            first = next(data)
-        except StopIteration:
-            return iter(())
+        first = next(data, None)
         self._first = first
-        return chain([first], data)
+        return iter(()) if first is None else chain([first], data)
 
     @property
     def _first_batch(self) -> Any:
         batches = self._batches
-        if hasattr(batches, "__next__"):
-            if not hasattr(self, "_first"):
-                raise OptionError("the data must hold at least one batch, it is empty: is the iterator used up?")
-            return self._first
-        first = next(iter(Source(batches, 1, repeated=False)), None)
+        once = hasattr(batches, "__next__")
+        first = self._first if once else next(iter(Source(batches, 1, repeated=False)), None)
         if first is None:
-            raise OptionError("the data must hold at least one batch, it is empty: is the iterator used up?")
+            raise DataError("the data must hold at least one batch, it is empty: is the iterator used up?")
         return first
 
     # -- how it is trained ---------------------------------------------------------------------------------------------
 
-    @property
+    @piece("the optimizer")
     def optimization(self) -> Optimization:
         """What the optimizer does to γ and β."""
-        return self._optimization()
+        return self.view.optimization(self.optimizer)
 
-    @cached_property
-    def _optimization(self) -> Callable[[], Optimization]:
-        def see() -> Optimization:
-            return self.view.optimization(self.optimizer)
-
-        return self._once("the optimizer", see, "optimizer", missing=self.optimizer is None)
-
-    @property
+    @piece("the loader")
     def sizes(self) -> BatchSizes:
         """The sizes of the batches that the model is trained on."""
-        return self._sizes()
-
-    @cached_property
-    def _sizes(self) -> Callable[[], BatchSizes]:
-        def see() -> BatchSizes:
-            return self.view.batch_sizes(self._loader)
-
-        return self._once("the loader", see, "loader", missing=self._loader is None)
-
-    @property
-    def seen(self) -> Observation | None:
-        """The observation, if a rule has asked for it and it could be made."""
-        try:
-            return self._observation() if "_observation" in vars(self) else None
-        except MissingError:
-            return None
-
-    @property
-    def has_loader(self) -> bool:
-        """Whether a loader was given."""
-        return self._loader is not None
-
-    @property
-    def has_data(self) -> bool:
-        """Whether data was given."""
-        return self.data is not None
-
-    # -- each piece once -----------------------------------------------------------------------------------------------
-
-    def _once(
-        self, needs: str, see: Callable[[], Any], given: str, *, missing: bool = False, said: bool = True
-    ) -> Callable[[], Any]:
-        """Return what gives a piece, or says why it is not there; a problem with what the user gave is noted."""
-        if missing:
-            return _raising(f"needs {needs}")
-        try:
-            found = see()
-        except (BatchNormError, MissingError) as error:
-            problem = " ".join(str(error).split())
-            # the others know the shapes of their inputs
-            bare = self._example is None and self.data is None and self.framework == "torch"
-            wanted = given == "example input" and bare
-            if said and isinstance(error, BatchNormError) and not wanted and problem not in self.problems:
-                self.problems.append(problem)
-            return _raising(f"needs {needs}" if wanted else problem)
-        return lambda: found
-
-
-def _raising(reason: str) -> Callable[[], Any]:
-    def fail() -> Any:
-        raise MissingError(reason)
-
-    return fail
+        return self.view.batch_sizes(self.loader)
 
 
 def _sizes(node: Node) -> tuple[int, int]:

@@ -39,7 +39,7 @@ def one_value(subject: Subject) -> Iterator[Finding]:
 
 def _smallest_batch(subject: Subject) -> tuple[int | None, str, str]:
     """Return the size of the smallest batch of the training (``None`` for the example's), in words, and what to do."""
-    if not subject.has_loader:
+    if subject.loader is None:
         if not subject.trains:
             raise MissingError(NOT_TRAINED)
         return None, "the example is one sample", "Larger batches, or convert(model, on_single='running')."
@@ -57,7 +57,7 @@ def few_values(subject: Subject) -> Iterator[Finding]:
     """The deviation of m values is off by about 1/√(2m), and a gradient keeps (m - 2)/m of its energy."""
     if not subject.trains:
         raise MissingError(NOT_TRAINED)
-    samples = subject.sizes.usual if subject.has_loader else None
+    samples = subject.sizes.usual if subject.loader is not None else None
     for name, places, values in subject.values(samples):
         state = subject.by_name.get(name)
         if state is not None and not state.moves and not state.by_batch:
@@ -242,7 +242,7 @@ def _useless(name: str) -> Finding:
 
 
 def _small_layers(subject: Subject) -> dict[str, int]:
-    samples = subject.sizes.usual if subject.has_loader else None
+    samples = subject.sizes.usual if subject.loader is not None else None
     try:
         found = list(subject.values(samples))
     except MissingError:
