@@ -18,7 +18,7 @@ from torch import nn
 from batchnorm.bench import gaps, healthy, planting_training
 from batchnorm.bench.grown import Grown, Seed, grow, seeds
 from batchnorm.bench.machine import describe, keep
-from batchnorm.bench.planting import PLANTS, Plant, UnfitError, plant
+from batchnorm.bench.planting import UnfitError, plant
 from batchnorm.check import RULES, Report, check
 from batchnorm.errors import OptionError
 from batchnorm.lab.train import one_thread
@@ -125,7 +125,9 @@ def _tried(
     """Plant one fault and look for it; ``None`` where it can't be planted."""
     try:
         planted = plant(code, grown, np.random.default_rng([seed.number, *f"{code} {seed.name}".encode()]))
-        before = _before(planted, grown)
+        before = _before(grown)
+        if any((code, layer) in before for layer in planted.layers):
+            raise UnfitError("it is there already")
     except UnfitError as error:
         unfit.append({"model": grown.name, "code": code, "reason": str(error)})
         return None
@@ -139,21 +141,27 @@ def _tried(
         report = check(planted.model, **planted.given)
     except Exception as error:
         return row | {"right": False, "raised": f"{type(error).__name__}: {error}"[:300]}
-    row |= judge(code, planted.layers, report, before)
+    row |= judge(code, planted.layers, report, before, planted.allowed)
     if not row["right"]:
         _said(f"  missed: {row}")
     return row
 
 
-def _before(planted: Plant, grown: Grown) -> set[tuple[str, str]]:
-    """Return what is found in the model before anything is planted, with the same rules."""
+def _before(grown: Grown) -> set[tuple[str, str]]:
+    """Return what is found in the model before anything is planted."""
     if not hasattr(grown, "baseline"):
-        report = check(grown.model, grown.example, data=grown.batches, training=None)
+        report = check(grown.model, grown.example, data=grown.batches)
         grown.baseline = {(finding.code, finding.layer) for finding in report}  # type: ignore[attr-defined]
     return grown.baseline  # type: ignore[attr-defined, no-any-return]
 
 
-def judge(code: str, layers: tuple[str, ...], report: Report, before: set[tuple[str, str]]) -> dict[str, Any]:
+def judge(
+    code: str,
+    layers: tuple[str, ...],
+    report: Report,
+    before: set[tuple[str, str]],
+    allowed: tuple[str, ...] = (),
+) -> dict[str, Any]:
     """Say whether a fault was found with the right code in the right layers, and what else was found.
 
     Right: each planted layer is named, and the worst finding of the rule, which the healthy model has not, is one of them.
@@ -161,8 +169,8 @@ def judge(code: str, layers: tuple[str, ...], report: Report, before: set[tuple[
     found = [finding.layer for finding in report if finding.code == code]
     new = [layer for layer in found if (code, layer) not in before]
     others = {(finding.code, finding.layer) for finding in report if finding.code != code} - before
-    right = set(layers) <= set(found) and bool(new) and new[0] in layers
-    facts: dict[str, Any] = {"right": right, "also": [layer for layer in new if layer not in layers]}
+    right = set(layers) <= set(found) and bool(new) and new[0] in (*layers, *allowed)
+    facts: dict[str, Any] = {"right": right, "also": [layer for layer in new if layer not in (*layers, *allowed)]}
     facts["others"] = sorted(Counter(other for other, _ in others).items())
     if not right:
         reasons = [str(rule) for rule in report.not_run if rule.code == code]

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - as everybody calls it
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from batchnorm.bench.grown import Grown, Site, distance, settle
-from batchnorm.torch.evaluation import call, silent
+from batchnorm.torch.evaluation import call, kept_generators, silent
 
 __all__ = ["PLANTS", "Plant", "UnfitError", "plant"]
 
@@ -31,12 +32,14 @@ class Plant:
         model: with the fault.
         layers: those that must be found, all of them; ``""`` for the model as a whole.
         given: what else `check` is given.
+        allowed: other layers that the fault reaches, and that may be found too.
     """
 
     kind: str
     model: nn.Module
     layers: tuple[str, ...]
     given: dict[str, Any] = field(default_factory=dict)
+    allowed: tuple[str, ...] = ()
 
 
 Planting = Callable[[Grown, np.random.Generator], Plant]
@@ -61,7 +64,12 @@ def plant(code: str, grown: Grown, rng: np.random.Generator) -> Plant:
     """
     with torch.random.fork_rng(devices=()), silent():
         torch.manual_seed(int(rng.integers(2**31)))
-        return PLANTS[code](grown.copy(), rng)
+        planted = PLANTS[code](grown.copy(), rng)
+        if "example" in planted.given:
+            # some models read more of a layer than its output
+            with kept_generators(), torch.no_grad():
+                call(planted.model, planted.given["example"])
+        return planted
 
 
 # -- places --------------------------------------------------------------------------------------------------------------
@@ -266,13 +274,12 @@ def several_streams(grown: Grown, rng: np.random.Generator) -> Plant:
     if kind == "siamese":
         if grown.kind != "image":
             raise UnfitError("not images alone")
-        model = Twice(grown.model, float(rng.uniform(2, 4)))
+        # where the streams meet in one layer, first of all; behind it they are normalized, but not alike
+        first = pick(grown, rng, lambda site: site.first)
+        model = Twice(grown.model, float(rng.uniform(2, 4))).eval()
         settle(model, grown.batches)
-        # where the streams meet in one layer, first of all
-        first = next((site for site in grown.sites if site.first), None)
-        if first is None:
-            raise UnfitError("no layer right behind the input")
-        return Plant(kind, model, (f"model.{first.name}",), both(grown))
+        others = tuple(f"model.{site.name}" for site in grown.sites)
+        return Plant(kind, model, (f"model.{first.name}",), both(grown), others)
     one = pick(grown, rng, lambda site: site.calls == 1)
     size = len(grown.norm(one).running_var)
     other = pick(grown, rng, lambda site: site.calls == 1 and site != one and len(grown.norm(site).running_var) == size)
@@ -297,6 +304,8 @@ def recomputing(module: nn.Module, reentrant: bool) -> None:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not (self.training and torch.is_grad_enabled()):
             return cls.forward(self, *args, **kwargs)
+        # lists of their own: DenseNet's grow behind the call
+        args, kwargs = tree_map(lambda leaf: leaf, (args, kwargs))
         return checkpoint(partial(cls.forward, self), *args, use_reentrant=reentrant, **kwargs)
 
     module.__class__ = type(f"Recomputed{cls.__name__}", (cls,), {"forward": forward})

@@ -54,7 +54,7 @@ def rehearse(model: nn.Module, example: Any) -> Rehearsal:
             twin.train()
         try:
             with kept_generators(), silent():
-                return _rehearse(twin, copied(example))
+                return _rehearse(twin, copied(example), silent_allowed=keep_hooks)
         except Exception as error:
             problem = problem or error
     raise OptionError(
@@ -69,13 +69,16 @@ def _strip_hooks(model: nn.Module) -> None:
             module._forward_pre_hooks.clear()
 
 
-def _rehearse(twin: nn.Module, example: Any) -> Rehearsal:
+def _rehearse(twin: nn.Module, example: Any, *, silent_allowed: bool) -> Rehearsal:
     layers = statistics_modules(twin)
     watch = _Watch()
     with torch.enable_grad(), _noting_hooks() as hooks, watch.layers(layers), watch:
         result = call(twin, example)
     before = {name: _copies(module) for name, module in layers}
     ends = [t for t in tensors_of(result) if t.requires_grad and t.is_floating_point()]
+    if not ends and not silent_allowed:
+        # hooks may be what collects the outputs
+        raise OptionError("an output must have a gradient, none has")
     if ends and (hooks or _has_functions_of_python(ends)):
         torch.autograd.backward(ends, [torch.randn_like(t) for t in ends])
     twice = tuple(name for name, module in layers if not _equal(before[name], _copies(module)))
