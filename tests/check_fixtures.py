@@ -1,7 +1,6 @@
 """For each rule a torch model that must trigger it, and a look-alike that must not."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,27 +9,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from batchnorm.torch import BatchNorm1d, convert, freeze, param_groups
+from check_pairs import Case, Pairs
 
-
-class Case(NamedTuple):
-    """A model and what `check` is given with it; ``layer`` is the one that must be found."""
-
-    model: nn.Module
-    layer: str = ""
-    given: dict[str, Any] = {}  # noqa: RUF012 - never written to
-
-
-CASES: dict[str, list[tuple[Callable[[], Case], Callable[[], Case]]]] = {}
-
-
-def pair(code: str) -> Callable[[Any], Any]:
-    """Enter a function that returns a sick model for ``True``, and a healthy look-alike for ``False``."""
-
-    def enter(make: Callable[[bool], Case]) -> Callable[[bool], Case]:
-        CASES.setdefault(code, []).append((lambda: make(True), lambda: make(False)))
-        return make
-
-    return enter
+pair = Pairs()
 
 
 def images(samples: int = 16, size: int = 8) -> Tensor:
@@ -439,15 +420,6 @@ def starts_at_zero(sick: bool) -> Case:
     model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
     nn.init.zeros_(model[1].weight)
     return Case(train(model, images(64)) if sick else model.train(), "1")
-
-
-def cases() -> list[tuple[str, str, Callable[[], Case], bool]]:
-    """Return for each model its rule, a name, what makes it, and whether it is sick."""
-    found = []
-    for code, pairs in sorted(CASES.items()):
-        for number, (sick, healthy) in enumerate(pairs):
-            found += [(code, f"{code}-{number}-sick", sick, True), (code, f"{code}-{number}-healthy", healthy, False)]
-    return found
 
 
 def values_of(model: nn.Module) -> dict[str, np.ndarray]:

@@ -20,9 +20,11 @@ NAMES = {
         "Affine",
         "BatchNormError",
         "Moments",
+        "check",
         "compare",
         "fold",
         "functional",
+        "observe",
         "prune",
         "recalibrate",
         "strip_bias",
@@ -48,6 +50,7 @@ NAMES = {
         "BatchNorm1d",
         "BatchNorm2d",
         "BatchNorm3d",
+        "Monitor",
         "RenormSchedule",
         "accumulate",
         "add_domains",
@@ -111,7 +114,7 @@ def test_the_public_names_of_the_library_are_these():
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():
-    text = "module 'batchnorm' has no attribute 'normalise'; it has Affine, BatchNormError, Moments, compare, "
+    text = "module 'batchnorm' has no attribute 'normalise'; it has Affine, BatchNormError, Moments, check, compare, "
     with pytest.raises(AttributeError, match=re.escape(text)):
         _ = bn.normalise
     assert not hasattr(bn, "normalise")

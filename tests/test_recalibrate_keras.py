@@ -237,7 +237,8 @@ def test_forward_calls_the_model_in_its_own_way():
 def test_it_holds_on_jax_too():
     environment = os.environ | {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
     # what differs from backend to backend: how layers are stood before, and how their arrays are read
-    chosen = "population or sequential or masks or changes"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, __file__]
+    chosen = "population or sequential or masks or changes or masked or keras_numbers"
+    files = [__file__, __file__.replace("recalibrate", "observe"), __file__.replace("recalibrate_keras", "monitor")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout[-3000:]

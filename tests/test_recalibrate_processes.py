@@ -1,4 +1,4 @@
-"""Recalibration in a distributed job: each rank its own data, all ranks the statistics of all data."""
+"""Recalibration and observation in a distributed job: each rank its own data, all ranks the statistics of all data."""
 
 import numpy as np
 import pytest
@@ -37,16 +37,20 @@ def _fails(rank, kind):
     model = _model(channels=4 + rank) if kind == "other model" else _model()
     before = {name: v.clone() for name, v in model.state_dict().items()}
     data = _data((4,), rank)
-    if kind == "nan" and rank == 1:
+    if "nan" in kind and rank == 1:
         data[0][0] = float("nan")
     if kind == "empty":
         data = []
     try:
-        bn.recalibrate(model, data, progress=False)
+        (bn.observe if kind == "observed nan" else bn.recalibrate)(model, data, progress=False)
     except bn.BatchNormError as error:
         same = all(torch.equal(v, before[name]) for name, v in model.state_dict().items())
         return type(error).__name__, str(error), same
     return None
+
+
+def _observe(rank, shares):
+    return bn.observe(_model(), _data(shares[rank], rank), progress=False).to_dict()
 
 
 JOBS = {
@@ -56,12 +60,13 @@ JOBS = {
     for method in ("one-pass", "sequential")
     for wrapped in (False, True)
 }
-FAILURES = {name: (_fails, name) for name in ("nan", "other model", "empty")}
+FAILURES = {name: (_fails, name) for name in ("nan", "observed nan", "other model", "empty")}
+OBSERVED = {f"observe {name}": (_observe, shares) for name, shares in SHARES.items()}
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    return on_ranks(tmp_path_factory.mktemp("ranks"), 2, {**JOBS, **FAILURES})
+    return on_ranks(tmp_path_factory.mktemp("ranks"), 2, {**JOBS, **FAILURES, **OBSERVED})
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -86,6 +91,7 @@ def test_all_ranks_end_with_what_one_process_finds(answers, name):
     ("name", "words"),
     [
         ("nan", ("rank 1 failed", "must be finite")),
+        ("observed nan", ("observation needs all processes, rank 1 failed", "must be finite")),
         ("other model", ("hold the same model", "hold the same model")),
         ("empty", ("at least one batch", "at least one batch")),
     ],
@@ -94,3 +100,17 @@ def test_a_failure_on_one_rank_is_told_on_all_and_nothing_is_written(answers, na
     for (_, said, same), word in zip(answers[0][name], words, strict=True):
         assert word in said
         assert same
+
+
+@pytest.mark.parametrize("name", OBSERVED)
+def test_all_ranks_return_what_all_data_has_shown(answers, name):
+    returned, errors = answers
+    assert not errors, errors
+    first, second = returned[name]
+    assert first == second
+    shares = OBSERVED[name][1]
+    whole = bn.observe(_model(), [x for rank in (0, 1) for x in _data(shares[rank], rank)], progress=False).to_dict()
+    assert (first["batches"], first["samples"]) == (whole["batches"], whole["samples"])
+    for got, want in zip(first["layers"], whole["layers"], strict=True):
+        for key in ("mean", "variance", "kl", "distance", "between", "values", "count", "off", "saturated"):
+            np.testing.assert_allclose(got[key], want[key], rtol=1e-5, atol=1e-8, err_msg=key)

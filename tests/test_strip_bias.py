@@ -407,6 +407,18 @@ def test_a_bias_that_must_stay_stays_and_the_reason_is_said(make, layers, reason
     assert list(result.model.state_dict()) == list(model.state_dict())
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_bias_of_zeros_stays_where_another_would(training):
+    between = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.BatchNorm1d(5)).train(training)
+    nn.init.zeros_(between[0].bias)
+    found = bn.strip_bias(between, torch.randn(8, 6))
+    assert not found.stripped
+    assert found.model[0].bias is not None
+    directly = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)).train(training)
+    nn.init.zeros_(directly[0].bias)
+    assert [s.layer for s in bn.strip_bias(directly, torch.randn(8, 6)).stripped] == ["0"]
+
+
 def test_a_norm_that_is_frozen_while_the_model_trains_needs_the_bias():
     """The gradient of a bias is zero only where the norm subtracts the mean of the batch."""
     model = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Tanh())).train()

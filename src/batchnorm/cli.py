@@ -1,7 +1,9 @@
 """The command line: one sub-command for each verb, a thin shell."""
 
 import argparse
+import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -16,7 +18,7 @@ __all__ = ["main"]
 
 T = TypeVar("T")
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR, INTERRUPTED, CLOSED = 2, 130, 141
 LONGEST = 600
 
 _BENCHES = {
@@ -24,6 +26,7 @@ _BENCHES = {
     "fold": "folding beside other tools: what goes, what goes wrong, time and latency",
     "effects": "what each option of the layers does to a small network",
     "recalibrate": "recalibration beside other tools, its cost, and what it gives back",
+    "observe": "what observing costs: a pass over data, and a training with a monitor",
     "sync": "synchronized layers: exactness and cost on processes of this machine",
     "layers": "speed and exactness of the layers beside PyTorch's own",
     "check": "what check finds of planted faults, what it says of healthy models, causes of a gap, and its cost",
@@ -31,20 +34,26 @@ _BENCHES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, or 2 after an error that the user can mend."""
-    given = _parser().parse_args(arguments)
+    """Run the command line and return its exit code: 0, 1 with findings, or 2 after an error that the user can mend."""
+    words = sys.argv[1:] if arguments is None else arguments
+    given = _parser().parse_args(words)
+    given.words = words
     try:
-        given.run(given)
+        code: int | None = given.run(given)
     except BatchNormError as error:
         print(f"batchnorm: {_sentence(error)}", file=sys.stderr)  # noqa: T201
         return USER_ERROR
     except KeyboardInterrupt:
         print(f"\nbatchnorm: stopped; {given.stopped}", file=sys.stderr)  # noqa: T201
         return INTERRUPTED
-    return 0
+    except BrokenPipeError:
+        # who reads has heard enough; nothing may be left for the interpreter to write at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED
+    return code or 0
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: object) -> str:
     """Return an error in one line; frameworks' own texts in it may be pages long."""
     words = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
     return words if len(words) <= LONGEST else f"{words[:LONGEST]} ..."
@@ -60,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_summary(verbs)
     _add_rewrites(verbs)
     _add_recalibrate(verbs)
+    _add_observe(verbs)
+    _add_check(verbs)
     _add_bench(verbs)
     return parser
 
@@ -103,7 +114,9 @@ def _add_compare(verbs: Any) -> None:
 
 
 def _compare(given: argparse.Namespace) -> None:
-    options = {key: value for key, value in vars(given).items() if key not in ("run", "stopped", "arms", "arm")}
+    options = {
+        key: value for key, value in vars(given).items() if key not in ("run", "stopped", "words", "arms", "arm")
+    }
     lab = require("batchnorm.lab", "lab")
     if options["learning_rates"] is None:
         del options["learning_rates"]
@@ -188,21 +201,103 @@ def _add_recalibrate(verbs: Any) -> None:
     add("--samples", type=int, metavar="N", help="stop after so many samples")
     add("--prior", type=float, metavar="N", help="the stored statistics count as N samples (0)")
     add("--tolerance", type=float, metavar="T", help="stop when the statistics have settled to this")
+    _add_reading(add)
+
+
+def _add_reading(add: Callable[..., Any]) -> None:
     add("--target", metavar="COLUMN", help="the column of labels to leave out, for tables")
     add("--drop", type=_words, default=(), metavar="A,B", help="columns to leave out, for tables")
     add("--image-size", type=_size, metavar="WxH", help="scale the images of a folder")
 
 
+def _data(given: argparse.Namespace) -> Any:
+    data = import_module("batchnorm.datafiles").read(given.data)
+    if data is not None:
+        return data
+    lab = require("batchnorm.lab", "lab")
+    return lab.load_data(given.data, target=given.target, drop=given.drop, image_size=given.image_size).x
+
+
 def _recalibrate(given: argparse.Namespace) -> None:
     shell = import_module("batchnorm.recalibrate.shell")
-    data = shell.read(given.data)
-    if data is None:
-        lab = require("batchnorm.lab", "lab")
-        data = lab.load_data(given.data, target=given.target, drop=given.drop, image_size=given.image_size).x
+    data = _data(given)
     names = ("weights", "batch_size", "method", "batches", "samples", "prior", "tolerance")
     said = shell.run(given.model, data, given.out, **{name: getattr(given, name) for name in names})
     if said:
         _say(said)
+
+
+def _add_observe(verbs: Any) -> None:
+    verb = _verb(
+        verbs, "observe", _observe, "hold what reaches each layer against what it stores, in one pass over data"
+    )
+    add = verb.add_argument
+    add("model", help="a .onnx, .keras or .pt2 file, or package.module:factory")
+    add(
+        "--data",
+        required=True,
+        metavar="DATA",
+        help="a .npy or .npz of inputs, package.module:factory of batches, or what compare takes",
+    )
+    add("--weights", type=Path, metavar="FILE", help="a .safetensors or .pt file of tensors, for a factory")
+    add("--batch-size", type=int, default=64, metavar="N", help="samples of a batch of arrays (64)")
+    add("--batches", type=int, metavar="N", help="read at most so many batches")
+    add("--samples", type=int, metavar="N", help="stop after so many samples")
+    add("--use", choices=("batch", "running"), default="batch", help="what layers normalize by (batch)")
+    add("--format", choices=("text", "json"), default="text", help="of what is said (text)")
+    _add_reading(add)
+
+
+def _observe(given: argparse.Namespace) -> None:
+    shell = import_module("batchnorm.observe.shell")
+    names = ("weights", "batch_size", "batches", "samples", "use")
+    said = shell.run(given.model, _data(given), form=given.format, **{name: getattr(given, name) for name in names})
+    if said:
+        _say(said)
+
+
+def _add_check(verbs: Any) -> None:
+    verb = _verb(verbs, "check", _check, "find what is wrong with the batch normalization in a model, and mend it")
+    add = verb.add_argument
+    add("model", nargs="?", help="a .onnx, .keras or .pt2 file, or package.module:factory")
+    add("--weights", type=Path, metavar="FILE", help="a .safetensors or .pt file of tensors, for a factory")
+    add("--input", type=_named_shape, action="append", metavar="1,3,224,224", help="shape of an input, or NAME=shape")
+    add("--data", metavar="DATA", help="a .npy or .npz of inputs, package.module:factory, or what compare takes")
+    add("--batch-size", type=int, default=64, metavar="N", help="samples of a batch of arrays (64)")
+    add("--batches", type=int, metavar="N", help="read at most so many batches")
+    mode = verb.add_mutually_exclusive_group()
+    mode.add_argument("--training", dest="training", action="store_true", default=None, help="it is to be trained")
+    mode.add_argument("--inference", dest="training", action="store_false", help="it is to be used as it is")
+    add("--select", metavar="BN1,BN203", help="only rules whose codes begin so")
+    add("--ignore", metavar="BN304", help="no rules whose codes begin so")
+    add("--format", choices=("text", "json", "sarif", "html"), help="of the report (text, or what -o ends in)")
+    add("-o", "--out", type=Path, metavar="FILE", help="where the report goes (html: check.html)")
+    add("--fix", type=Path, metavar="OUT", help="write a mended model")
+    add("--list", action="store_true", help="list all rules")
+    _add_reading(add)
+
+
+def _check(given: argparse.Namespace) -> int:
+    shell = import_module("batchnorm.check.shell")
+    if given.list:
+        _say(shell.list_rules())
+        return 0
+    if given.model is None:
+        raise OptionError("check needs a model: a .onnx, .keras or .pt2 file, or package.module:factory")
+    names = ("weights", "batch_size", "batches", "training", "select", "ignore", "out", "fix")
+    outcome = shell.run(
+        given.model,
+        inputs=given.input or [],
+        data=None if given.data is None else _data(given),
+        form=given.format,
+        command=shlex.join(["batchnorm", *given.words]),
+        **{name: getattr(given, name) for name in names},
+    )
+    if outcome.said:
+        _say(outcome.said)
+    for line in outcome.beside:
+        print(f"batchnorm: {_sentence(line)}", file=sys.stderr)  # noqa: T201
+    return int(outcome.code)
 
 
 def _add_bench(verbs: Any) -> None:
@@ -227,14 +322,14 @@ def _bench(given: argparse.Namespace) -> None:
     _say(bench.run(given.out, *given.part, quick=given.quick))
 
 
-def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], None], what: str) -> argparse.ArgumentParser:
+def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], int | None], what: str) -> argparse.ArgumentParser:
     verb: argparse.ArgumentParser = verbs.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
     verb.set_defaults(run=run, stopped="nothing was written")
     return verb
 
 
 def _say(*lines: object) -> None:
-    print(*lines, sep="\n")  # noqa: T201
+    print(*lines, sep="\n", flush=True)  # noqa: T201
 
 
 def _words(text: str) -> tuple[str, ...]:

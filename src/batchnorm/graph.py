@@ -215,7 +215,13 @@ class Transpose:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Nothing, as dropout in evaluation."""
+    """Nothing, as dropout in evaluation.
+
+    Args:
+        rate: the share of the values that training sets to zero here.
+    """
+
+    rate: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

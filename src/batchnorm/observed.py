@@ -10,7 +10,7 @@ from batchnorm.affine import Affine
 from batchnorm.moments import Moments
 from batchnorm.protocol import Pair, Statistics
 
-__all__ = ["Observed", "Part", "divergence", "json_ready", "judged", "outputs", "rounding"]
+__all__ = ["Observed", "Part", "divergence", "json_ready", "judged", "normalizing", "outputs", "rounding"]
 
 ULPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 # a spread of so many units in the last place of the mean is rounding
@@ -198,10 +198,25 @@ def outputs(
     beta = np.zeros_like(mean) if beta is None else beta
     kept = slice(None, None, -(-len(mean) // inputs.shape[1]))
     affine = Affine.from_statistics(mean[kept], np.maximum(variance[kept], _TINY), gamma[kept], beta[kept], eps)
-    shape = (-1, *[1] * (inputs.ndim - 2))
-    y = affine.scale.reshape(shape) * inputs + affine.shift.reshape(shape)
-    places = tuple(axis for axis in range(y.ndim) if axis != 1)
-    return float((y.max(axis=places) <= 0).mean()), float((np.abs(y) > SATURATED).mean())
+    places = tuple(axis for axis in range(inputs.ndim) if axis != 1)
+    ends = [affine(inputs.max(axis=places)), affine(inputs.min(axis=places))]
+    silent = np.maximum(*ends) <= 0
+    # where the inputs lie that give outputs within the bounds; looked for in the dtype of the inputs, which is quick
+    flat = affine.scale == 0
+    scale = np.where(flat, 1.0, affine.scale)
+    bounds = np.sort([(-SATURATED - affine.shift) / scale, (SATURATED - affine.shift) / scale], axis=0)
+    bounds[:, flat] = np.where(np.abs(affine.shift[flat]) > SATURATED, np.inf, [[-np.inf], [np.inf]])
+    with np.errstate(over="ignore"):
+        low, high = (bound.reshape(-1, *[1] * (inputs.ndim - 2)).astype(inputs.dtype) for bound in bounds)
+    large = np.count_nonzero(inputs > high) + np.count_nonzero(inputs < low)
+    return float(silent.mean()), large / inputs.size
+
+
+def normalizing(one: Statistics, first: Moments, *, by_batch: bool) -> Pair:
+    """Return the mean and variance that a call is normalized by, where moving layers do it by the batch or not."""
+    # a single value has no variance
+    own = one.mean is None or (by_batch and not one.fixed and first.count > 1)
+    return (first.mean, first.variance) if own else one.pair
 
 
 def rounding(precision: str) -> float:

@@ -58,8 +58,8 @@ class NormState:
         """How much the initial values still weigh in the running statistics, 0 to 1; ``None`` where nobody knows.
 
         Example:
-            >>> NormState("bn", "BatchNorm2d", None, None, None, None, 1e-5, decay=0.9, updates=10).initial_share
-            0.3486784401
+            >>> NormState("bn", "BatchNorm2d", None, None, None, None, 1e-5, decay=0.5, updates=2).initial_share
+            0.25
         """
         if self.updates is None:
             return None

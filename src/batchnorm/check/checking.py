@@ -1,9 +1,10 @@
 """The verb `check`: run every rule whose needs are met, and list the others."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from batchnorm.check import gap, modes, padding, statistics, training, waste
+from batchnorm.check.cures import in_words_of
 from batchnorm.check.fixing import fix
 from batchnorm.check.report import Finding, NotRun, Report, order
 from batchnorm.check.rules import RULES, Rule
@@ -27,7 +28,11 @@ def check(
     training: bool | None = None,
     select: str | Iterable[str] | None = None,
     ignore: str | Iterable[str] | None = None,
-    **options: Any,
+    forward: Callable[..., Any] | None = None,
+    batches: int | None = None,
+    samples: int | None = None,
+    device: Any = None,
+    progress: bool = False,
 ) -> Report:
     """Find what is wrong with the normalization of a model, where, and how to mend it.
 
@@ -44,7 +49,11 @@ def check(
             other arguments say.
         select: codes, or beginnings of codes as ``"BN1"``, of the rules to run; all, if ``None``.
         ignore: codes, or beginnings of codes, of rules to leave out.
-        options: of `observe`, for the pass over the data: ``batches``, ``samples``, ``forward``, ``device``, ``progress``.
+        forward: for the pass over the data, as in `observe`.
+        batches: read at most these batches of the data.
+        samples: stop when so many samples were read.
+        device: where batches are moved to; where the model is, if ``None``.
+        progress: show a progress bar.
 
     Returns:
         `Report`: findings, worst first; ``not_run``, ``problems``, ``fix()``; prints as text.
@@ -63,12 +72,13 @@ def check(
     """
     chosen = _chosen(_words(select), _words(ignore))
     given = {"example": example, "data": data, "optimizer": optimizer, "loader": loader, "training": training}
-    subject = Subject(adapt(model), **given, **options)
+    reading = {"forward": forward, "batches": batches, "samples": samples, "device": device, "progress": progress}
+    subject = Subject(adapt(model), **given, **reading)
     findings: list[Finding] = []
     not_run: list[NotRun] = []
     for rule in chosen:
         try:
-            findings += rule.look(subject)
+            findings += (in_words_of(subject.framework, finding) for finding in rule.look(subject))
         except MissingError as missing:
             not_run.append(NotRun(rule.code, rule.title, str(missing)))
     return Report(

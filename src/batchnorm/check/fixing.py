@@ -14,17 +14,6 @@ from batchnorm.states import Mend
 
 __all__ = ["fix"]
 
-# what one layer is set to, by the code of the finding, and in words
-_SETTINGS: dict[str, tuple[Callable[[Subject, str], Mend], str]] = {
-    "BN104": (
-        lambda subject, name: Mend(freeze=True),
-        "running statistics are frozen, whatever .train() is called later",
-    ),
-    "BN106": (lambda subject, name: Mend(count_once=True), "a batch counts once under activation checkpointing"),
-    "BN108": (lambda subject, name: Mend(training=subject.view.training is True), "the mode is that of the model"),
-    "BN109": (lambda subject, name: Mend(wide=True), "running statistics are kept in float32"),
-    "BN110": (lambda subject, name: Mend(decay=_swapped(subject, name)), "momentum is {momentum:.4g} now"),
-}
 # what new statistics mend
 _STATISTICS = ("BN101", "BN102", "BN103", "BN203", "BN110", "BN104")
 _NOT_SAFE = {
@@ -32,6 +21,30 @@ _NOT_SAFE = {
     "BN111": "which ε is right is known to who converted it: set eps",
     "BN112": "a mask must be handed to the layer",
     "BN304": "prune(model, example, threshold=…) changes the sizes of layers",
+}
+
+
+def _mode(subject: Subject, name: str) -> Mend | None:
+    state, trains = subject.by_name[name], subject.view.training is True
+    return Mend(training=trains) if state.training != trains else None
+
+
+def _swapped(subject: Subject, name: str) -> float:
+    decay = subject.by_name[name].decay
+    assert decay is not None  # noqa: S101
+    return 1.0 - decay
+
+
+# what one layer is set to, by the code of the finding, and in words
+_SETTINGS: dict[str, tuple[Callable[[Subject, str], Mend | None], str]] = {
+    "BN104": (
+        lambda subject, name: Mend(freeze=True),
+        "running statistics are frozen, whatever .train() is called later",
+    ),
+    "BN106": (lambda subject, name: Mend(count_once=True), "a batch counts once under activation checkpointing"),
+    "BN108": (_mode, "the mode is that of the model"),
+    "BN109": (lambda subject, name: Mend(wide=True), "running statistics are kept in float32"),
+    "BN110": (lambda subject, name: Mend(decay=_swapped(subject, name)), "momentum is {momentum:.4g} now"),
 }
 
 
@@ -69,9 +82,15 @@ class _Work:
         """Set modes, momenta, freezes and dtypes of single layers."""
         for code, (setting, what) in _SETTINGS.items():
             layers = self.codes.get(code, [])
-            mends = {name: setting(self.subject, name) for name in layers if name in self.subject.by_name}
+            wanted = {name: setting(self.subject, name) for name in layers if name in self.subject.by_name}
+            mends = {name: mend for name, mend in wanted.items() if mend is not None}
             if mends:
                 self._try(code, list(mends), partial(self.subject.view.mend, mends), self._said(what, mends))
+            written = [name for name in layers if name not in mends]
+            self.left += [
+                Left(code, name, "it is written into the model's code, not set in the layer") for name in written
+            ]
+            self.handled |= {code} if layers else set()
 
     def _said(self, what: str, mends: dict[str, Mend]) -> str:
         decays = [mend.decay for mend in mends.values() if mend.decay is not None]
@@ -127,9 +146,3 @@ class _Work:
             self.left += [Left(code, layer, " ".join(str(error).split())) for layer in layers]
         else:
             self.done.append(Step(code, tuple(layers), what))
-
-
-def _swapped(subject: Subject, name: str) -> float:
-    decay = subject.by_name[name].decay
-    assert decay is not None  # noqa: S101
-    return 1.0 - decay

@@ -18,6 +18,8 @@ __all__ = ["output_error"]
 WRONG = 0.02
 # the share of initial values that explains an error, and the decay beyond which momentum is to blame for it
 INITIAL, SLOW = 0.05, {"torch": 0.99, "keras": 0.999, "onnx": 0.999}
+# share of the variance between batches that is no chance, beyond what their size explains
+DIFFERENCE = 0.03
 # how much worse the first layer is than those behind it, where the data is another one
 AT_THE_DOOR = 5.0
 
@@ -54,7 +56,7 @@ def output_error(observed: Observed) -> np.ndarray:
 def far_from_data(subject: Subject) -> Iterator[Finding]:
     """Each layer is held against the data alone, those before it normalizing as in training: so the layer at fault shows."""
     gaps = list(_gaps(subject))
-    wrong = [gap for gap in gaps if gap.error > WRONG]
+    wrong = _confirmed([gap for gap in gaps if gap.error > WRONG], subject)
     for gap in wrong:
         _explain_by_counting(gap, subject)
     _explain_together(gaps, [gap for gap in wrong if not gap.cause], subject)
@@ -84,6 +86,23 @@ def _gaps(subject: Subject) -> Iterator[_Gap]:
         fresh = not observed.stored_mean.any() and bool((variance == 1).all())
         if not fresh and observed.layer not in dropped:
             yield _Gap(observed, state, float(np.mean(output_error(observed))))
+
+
+def _confirmed(wrong: list[_Gap], subject: Subject) -> list[_Gap]:
+    """Return the layers that are off in evaluation too: batches that differ, as sorted ones, change what training would see."""
+    evaluation = subject.evaluation if wrong else None
+    if evaluation is None:
+        return wrong
+    errors = {one.layer: float(np.mean(output_error(one))) for one in evaluation if one.stored_mean is not None}
+    confirmed = [gap for gap in wrong if not errors.get(gap.observed.layer, np.inf) <= WRONG]
+    # where batches differ, those behind the first are not judged alone
+    return confirmed[:1] if _differ(subject) else confirmed
+
+
+def _differ(subject: Subject) -> bool:
+    """Whether more of the variance lies between the batches of the data than chance puts there."""
+    found = subject.observation
+    return max(one.between for one in found) > 2 * found.batches / max(1, found.samples) + DIFFERENCE
 
 
 def _dropped(subject: Subject) -> set[str]:
@@ -179,19 +198,22 @@ def _explain_together(gaps: list[_Gap], wrong: list[_Gap], subject: Subject) -> 
         _blame(first, others)
     elif len(wrong) > len(gaps) / 2:
         for gap in wrong:
-            gap.cause = (
-                "statistics of other weights (trained on while statistics stood still, averaged, pruned, rounded, of another "
-                "checkpoint), as most layers are off"
+            gap.cause = "statistics of other weights, as most layers are off"
+            gap.cure = (
+                "Were weights trained on while statistics stood still, averaged, pruned, rounded, or of another checkpoint? "
+                f"{_capital(RECALIBRATE)}."
             )
-            gap.cure = f"{RECALIBRATE[0].upper()}{RECALIBRATE[1:]}."
     else:
-        wrong[
-            0
-        ].cause = (
-            f"its own statistics, or the weights just before it, were changed alone, as {_before(gaps, wrong[0])} fine"
+        root = wrong[0]
+        root.cause = (
+            f"its own statistics, or the weights just before it, were changed alone, as {_before(gaps, root)} fine"
         )
-        wrong[0].cure = f"{RECALIBRATE[0].upper()}{RECALIBRATE[1:]}, or load them from the checkpoint."
-        _blame(wrong[0], others)
+        root.cure = f"{_capital(RECALIBRATE)}, or load them from the checkpoint."
+        _blame(root, others)
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _before(gaps: list[_Gap], gap: _Gap) -> str:

@@ -160,5 +160,5 @@ def swapped_momentum(subject: Subject) -> Iterator[Finding]:
             f"momentum = {other:.4g}; then recalibrate(model, data), or train on.",
             ERROR,
             5.5 - state.decay,
-            {"decay": state.decay},
+            {"momentum": own},
         )

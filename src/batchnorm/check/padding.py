@@ -16,6 +16,8 @@ __all__: list[str] = []
 SHARE, ONE_SIDED = 0.05, 3.0
 # places at the end that a padded convolution has touched
 BORDER = 4
+# share of the samples that must end in the same vector
+FEWEST = 0.1
 # mean squared change of the normalized values that is worth a word
 EFFECT = 0.01
 
@@ -60,24 +62,32 @@ def _padding(x: np.ndarray) -> np.ndarray | None:
 def _runs(rows: np.ndarray) -> np.ndarray:
     """Return which places ``(N, L)`` belong to a constant run up to the end, of the same constant in all samples."""
     best = np.zeros(rows.shape[:2], bool)
-    length, most = rows.shape[1], max(2, 0.1 * len(rows))
+    length = rows.shape[1]
     for border in range(min(BORDER, length - 1)):
         last = length - 1 - border
-        ends: Any = np.equal(rows[:, last], rows[:, last - 1]).all(axis=-1)
-        # the vector that most samples end in, of those that end in two places alike; minus zero is zero
-        counts = Counter(row.tobytes() for row in rows[ends, last] + 0.0)
-        vector, count = counts.most_common(1)[0] if counts else (b"", 0)
-        if count < most:
-            continue
-        same: Any = np.equal(rows[:, : last + 1], np.frombuffer(vector, rows.dtype)).all(axis=-1)
-        run: Any = np.logical_and.accumulate(same[:, ::-1], axis=1)[:, ::-1]
-        run[run.sum(1) < 2] = False
-        if run.sum() > best.sum():
+        run = _run_to(rows[:, : last + 1])
+        if run is not None and run.sum() > best.sum():
             best = np.zeros(rows.shape[:2], bool)
             best[:, : last + 1] = run
             # what a convolution has touched at the end is padding too
-            best[:, last + 1 :] = run.any(1)[:, None]
+            best[:, last + 1 :] = np.any(run, axis=1, keepdims=True)
     return best
+
+
+def _run_to(rows: np.ndarray) -> np.ndarray | None:
+    """Return the places of runs that end in the last place; ``None`` where too few samples have one."""
+    repeats: Any = np.equal(rows[:, -1], rows[:, -2]).all(axis=-1)
+    if repeats.sum() < max(2, FEWEST * len(rows)):
+        return None
+    # minus zero is zero
+    ends = Counter(row.tobytes() for row in rows[repeats, -1] + 0.0)
+    vector, count = ends.most_common(1)[0]
+    if count < max(2, FEWEST * len(rows)):
+        return None
+    same: Any = np.equal(rows, np.frombuffer(vector, rows.dtype)).all(axis=-1)
+    run: np.ndarray = np.logical_and.accumulate(same[:, ::-1], axis=1)[:, ::-1]
+    run[run.sum(1) < 2] = False
+    return run
 
 
 def _effect(x: np.ndarray, filled: np.ndarray) -> float:

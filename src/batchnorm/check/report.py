@@ -111,9 +111,10 @@ class Report:
         lines = [line for _, group in groupby(self.findings, _alike) for line in _told(list(group))]
         if not self.findings:
             lines.append(f"nothing found in {len(self.layers)} normalization layers")
-        lines += [f"could not be looked at: {problem}" for problem in self.problems]
+        lines += [f"could not be used: {problem}" for problem in self.problems]
         for reason, group in _by_reason(self.not_run):
-            lines.append(f"not run ({reason}): {', '.join(rule.code for rule in group)}")
+            why = "see above" if reason in self.problems else reason
+            lines.append(f"not run ({why}): {', '.join(rule.code for rule in group)}")
         return "\n".join(lines)
 
 

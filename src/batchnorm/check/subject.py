@@ -50,7 +50,7 @@ class Subject:
         self.view = view
         self.problems: list[str] = []
         self._example, self.data, self.optimizer, self._loader = example, data, optimizer, loader
-        self.options = {"progress": False} | options
+        self.options = options
         given = optimizer is not None or loader is not None
         self.trains = bool(view.training) or given if training is None else training
         self.infers = not self.trains if training is not None else not (self.trains or data is not None)
@@ -156,6 +156,16 @@ class Subject:
         return self._once("data", see, "data", missing=self.data is None)
 
     @cached_property
+    def evaluation(self) -> Observation | None:
+        """What the data shows where every layer normalizes by what it stores; ``None`` where it can't be read again."""
+        if hasattr(self._batches, "__next__"):
+            return None
+        try:
+            return observe(self.view.model, self._batches, **self.options, use="running")
+        except BatchNormError:
+            return None
+
+    @cached_property
     def _batches(self) -> Any:
         """The data; what can be read only once keeps its first batch."""
         data = self.view.batches(self.data)
@@ -173,11 +183,11 @@ class Subject:
         batches = self._batches
         if hasattr(batches, "__next__"):
             if not hasattr(self, "_first"):
-                raise OptionError("the data must hold at least one batch, it is empty")
+                raise OptionError("the data must hold at least one batch, it is empty: is the iterator used up?")
             return self._first
         first = next(iter(Source(batches, 1, repeated=False)), None)
         if first is None:
-            raise OptionError("the data must hold at least one batch, it is empty")
+            raise OptionError("the data must hold at least one batch, it is empty: is the iterator used up?")
         return first
 
     # -- how it is trained ---------------------------------------------------------------------------------------------
@@ -239,7 +249,7 @@ class Subject:
             # the others know the shapes of their inputs
             bare = self._example is None and self.data is None and self.framework == "torch"
             wanted = given == "example input" and bare
-            if said and isinstance(error, BatchNormError) and not wanted:
+            if said and isinstance(error, BatchNormError) and not wanted and problem not in self.problems:
                 self.problems.append(problem)
             return _raising(f"needs {needs}" if wanted else problem)
         return lambda: found

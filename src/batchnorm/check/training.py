@@ -13,7 +13,7 @@ __all__: list[str] = []
 # values a channel and samples of a batch from which on its statistics are good enough
 VALUES, SAMPLES = 16, 8
 # norms with activations in a row that are too many, and by what each multiplies the gradient's square at initialization
-DEEP, GROWTH = 30, 1.4
+DEEP, GROWTH = 30, 1.47
 # forwards to an optimizer's step that are more than one
 SEVERAL = 1.5
 NOT_TRAINED = "needs a model that is trained (training=True, an optimizer, or a model in training mode)"

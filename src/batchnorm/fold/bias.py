@@ -113,7 +113,7 @@ class _Stripper:
         self.calls: dict[Any, list[Node]] = {**graph.norms(), **graph.weights()}
         self.layers = [weights for weights in graph.weights() if weights.has_bias]
         self.trains = graph.training
-        self.mover = Mover(self._take, lambda node: False)
+        self.mover = Mover(self._take, lambda node: False, drops=graph.training)
         self.changes = Changes()
         self.stripped: list[Stripped] = []
         self.kept: list[Kept] = []
@@ -129,9 +129,22 @@ class _Stripper:
     def _strip(self, weights: Weights) -> None:
         if weights.locked or weights.fixed:
             raise BlockedError(weights.locked or weights.fixed)
-        bias = weights.read()[1]
-        assert bias is not None  # noqa: S101
-        shift = Affine(np.ones(bias.shape[0]), to_numpy(bias))
+        held = weights.read()[1]
+        assert held is not None  # noqa: S101
+        bias = to_numpy(held)
+        if not bias.any():
+            # zeros pass through everything, and what training makes of them does not
+            self._absorbed(weights, np.ones_like(bias))
+        found = self._absorbed(weights, bias)
+        for norm, own in found.items():
+            if norm.mean is not None:
+                self.changes.means[norm] = self.changes.means.get(norm, norm.mean) - own[0].affine.shift
+        self.changes.biasless.add(weights)
+        self.stripped.append(Stripped(weights.name, tuple(norm.name for norm in found), int(bias.shape[0])))
+
+    def _absorbed(self, weights: Weights, bias: np.ndarray) -> dict[Norm, list[Absorption]]:
+        """Return the norms that would take in a bias, or raise `BlockedError`."""
+        shift = Affine(np.ones(bias.shape[0]), bias)
         found: dict[Norm, list[Absorption]] = {}
         for node in self.calls[weights]:
             assert isinstance(node.operation, Linear)  # noqa: S101
@@ -142,11 +155,7 @@ class _Stripper:
                 found.setdefault(absorption.node.operation.norm, []).append(absorption)
         for norm, own in found.items():
             self._check(norm, own)
-        for norm, own in found.items():
-            if norm.mean is not None:
-                self.changes.means[norm] = self.changes.means.get(norm, norm.mean) - own[0].affine.shift
-        self.changes.biasless.add(weights)
-        self.stripped.append(Stripped(weights.name, tuple(norm.name for norm in found), int(bias.shape[0])))
+        return found
 
     def _check(self, norm: Norm, own: list[Absorption]) -> None:
         hits = Counter(id(absorption.node) for absorption in own)

@@ -49,11 +49,13 @@ class Mover:
         take: lets a linear node or a norm take in an Affine of its output (last argument true) or of its input, or raises
             `BlockedError`.
         is_gone: whether nothing is left of a node.
+        drops: whether dropout drops, as in training.
     """
 
-    def __init__(self, take: Take, is_gone: Callable[[Node], bool]) -> None:
+    def __init__(self, take: Take, is_gone: Callable[[Node], bool], *, drops: bool = False) -> None:
         self.take = take
         self.is_gone = is_gone
+        self.drops = drops
 
     def push_back(self, value: Value, affine: Affine, reader: Node) -> Iterator[Absorption]:
         """Make ``affine(value)`` what flows along the edges from ``value`` on."""
@@ -126,6 +128,8 @@ class Mover:
     def _commuted(self, node: Node, affine: Affine) -> Affine:
         """Return the Affine on the other side of an operation that works on each channel alone."""
         operation = node.operation
+        if self.drops and isinstance(operation, Identity) and operation.rate:
+            raise BlockedError(f"{node.name} drops values, and what was added to them")
         if isinstance(operation, Identity) or self.is_gone(node):
             return affine
         if isinstance(operation, Pool | Pad) and any(affine.scale.shape[axis] > 1 for axis in operation.axes):

@@ -12,7 +12,7 @@ from batchnorm.fold.pruning import prune
 from batchnorm.models import adapt, check_ending, load, save
 from batchnorm.protocol import Model
 
-__all__ = ["run"]
+__all__ = ["check_shapes", "run"]
 
 _VERBS: dict[str, Any] = {"fold": fold, "strip_bias": strip_bias, "prune": prune}
 PAIRS, SECONDS = 21, 10.0
@@ -42,11 +42,7 @@ def run(
     """
     if not out.parent.is_dir():
         raise OptionError(f"the result must go into a folder that is there, {out.parent} is not")
-    for _, shape in inputs:
-        if not shape or min(shape) < 1:
-            raise OptionError(
-                f"the shape of an input must be positive sizes, got {','.join(map(str, shape)) or 'none'}"
-            )
+    check_shapes(inputs)
     loaded = load(model, weights)
     check_ending(loaded, out)
     # what a factory makes is in training mode
@@ -57,6 +53,19 @@ def run(
     line = _before_and_after(original, rewritten, example)
     save(result.model, out, example)
     return f"{result}\n{line}\nwritten to {out}"
+
+
+def check_shapes(inputs: list[tuple[str, tuple[int, ...]]]) -> None:
+    """Refuse shapes of inputs that no input has.
+
+    Raises:
+        OptionError: such a shape.
+    """
+    for _, shape in inputs:
+        if not shape or min(shape) < 1:
+            raise OptionError(
+                f"the shape of an input must be positive sizes, got {','.join(map(str, shape)) or 'none'}"
+            )
 
 
 def _before_and_after(before: Model, after: Model, example: Any) -> str:

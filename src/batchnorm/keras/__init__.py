@@ -1,5 +1,6 @@
 """Batch normalization for Keras, on any of its backends; importing it lets Keras load files that hold a `ScaleShift`."""
 
 from batchnorm.keras.layers import ScaleShift as ScaleShift
+from batchnorm.keras.monitoring import Monitor as Monitor
 
-__all__ = ["ScaleShift"]
+__all__ = ["Monitor", "ScaleShift"]

@@ -1,6 +1,7 @@
 """The one place that reaches into Keras: the graph behind a model, what kind a layer is, and running without a trace."""
 
 import random
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,15 +17,22 @@ __all__ = [
     "as_array",
     "calls",
     "copied_operation",
+    "excluded",
+    "forget_compiled",
     "found_class",
     "graph_of",
     "in_float64",
+    "inner_optimizers",
+    "leave_out",
     "leaving_names",
+    "leaving_random",
+    "optimizer_of",
     "own_variables",
     "parts",
     "plain_constructor",
     "producers",
     "quietly",
+    "run_compiled",
     "safely",
     "standardized",
     "told",
@@ -112,6 +120,55 @@ def plain_constructor(model: Any) -> bool:
     return not any({"__init__", "__new__"} & set(vars(cls)) for cls in below)
 
 
+# -- optimizers, and what is compiled ------------------------------------------------------------------------------
+
+
+def inner_optimizers(optimizer: Any) -> list[Any]:
+    """Return the optimizers that do the work of one that holds others, or the one itself."""
+    if hasattr(optimizer, "_inner_optimizers"):
+        return list(optimizer._inner_optimizers)
+    inner = getattr(optimizer, "inner_optimizer", None)
+    return [optimizer] if inner is None else inner_optimizers(inner)
+
+
+def optimizer_of(optimizer: Any, variable: Any) -> Any:
+    """Return which of the optimizers inside of one moves a variable."""
+    if hasattr(optimizer, "_optimizer_map"):
+        return optimizer._optimizer_map(variable)
+    return inner_optimizers(optimizer)[0]
+
+
+def excluded(optimizer: Any, variable: Any) -> bool:
+    """Whether a variable was excluded from weight decay; Keras's own answer would be kept in the optimizer."""
+    pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
+    by_name = pattern is not None and re.search(pattern, variable.name) is not None
+    return by_name or optimizer._var_key(variable) in getattr(optimizer, "_exclude_from_weight_decay", ())
+
+
+def leave_out(optimizer: Any, variables: list[Any]) -> None:
+    """Exclude variables from weight decay, beside those that are excluded: Keras forgets these."""
+    before = set(getattr(optimizer, "_exclude_from_weight_decay", ()))
+    pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
+    optimizer.exclude_from_weight_decay(var_list=variables)
+    optimizer._exclude_from_weight_decay = before | set(optimizer._exclude_from_weight_decay)
+    optimizer._exclude_from_weight_decay_pattern = pattern
+
+
+def run_compiled() -> bool:
+    """Whether steps are compiled on this backend: what a layer or optimizer held then goes on in them."""
+    return bool(keras.backend.backend() != "torch")
+
+
+def forget_compiled(model: Any) -> None:
+    """Let the next ``fit``, ``evaluate`` and ``predict`` compile their steps anew."""
+    for step in ("train_function", "test_function", "predict_function"):
+        if getattr(model, step, None) is not None:
+            setattr(model, step, None)
+
+
+# -- running without a trace ---------------------------------------------------------------------------------------
+
+
 def as_array(x: Any) -> np.ndarray:
     """Return an array of any kind as one of NumPy."""
     if hasattr(x, "detach"):
@@ -122,8 +179,10 @@ def as_array(x: Any) -> np.ndarray:
 
 
 def told(error: Exception) -> str:
-    """Return the first line of what an error says."""
-    return str(error).strip().split("\n")[0][:300]
+    """Return the first line of what an error says; behind what Keras puts before it."""
+    lines = [line for line in re.sub(r"\x1b\[\d*m", "", str(error)).strip().split("\n") if line.strip()] or [""]
+    wrapped = lines[0].startswith("Exception encountered when calling") and len(lines) > 1
+    return " ".join(lines[: 2 if wrapped else 1])[:300]
 
 
 @contextmanager
@@ -165,6 +224,20 @@ def leaving_names() -> Iterator[None]:
             counters.update(names)
         random.setstate(states[0])
         np.random.set_state(states[1])
+
+
+@contextmanager
+def leaving_random() -> Iterator[None]:
+    """Train a copy of a model without a change of the random numbers of the process."""
+    with ExitStack() as stack:
+        stack.enter_context(leaving_names())
+        if keras.backend.backend() == "torch":
+            import torch
+
+            stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+        yield
 
 
 @contextmanager

@@ -21,6 +21,7 @@ __all__ = [
     "bias_of",
     "has_kernel",
     "linear_before",
+    "no_bias_config",
     "read",
     "steps",
     "why_locked",
@@ -177,10 +178,10 @@ _READERS: dict[Any, Callable[[Any, Shape, Any, Shape], list[Step] | None]] = {
 }
 
 
-def linear_before(layer: Any) -> str:
-    """Return the path of the linear layer whose output a layer is called with, and nothing else; empty where there is none."""
-    found = [str(before.path) if _is_linear(before) else "" for before in producers(layer)]
-    return found[0] if len(found) == 1 else ""
+def linear_before(layer: Any) -> Any | None:
+    """Return the linear layer whose output a layer is called with, and nothing else; ``None`` where there is none."""
+    found = list(producers(layer))
+    return found[0] if len(found) == 1 and _is_linear(found[0]) else None
 
 
 def _is_linear(layer: Any) -> bool:
@@ -245,6 +246,13 @@ def bias_config(layer: Any) -> dict[str, Any]:
         data = layer.equation.split(",")[0]
         return {"bias_axes": next(letter for letter in kernel if letter not in data)}
     return {"use_bias": True}
+
+
+def no_bias_config(layer: Any) -> dict[str, Any]:
+    """Return the entries of its config that take the bias from a linear layer; nothing for a class that may need it."""
+    if why_no_bias(layer) or type(layer) is ScaleShift:
+        return {}
+    return {"bias_axes": None} if isinstance(layer, keras.layers.EinsumDense) else {"use_bias": False}
 
 
 def assign(layer: Any, values: Values) -> None:

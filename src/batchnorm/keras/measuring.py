@@ -8,12 +8,13 @@ import keras
 import numpy as np
 
 from batchnorm.errors import BatchNormError, DataError, OptionError
-from batchnorm.keras.internals import as_array, parts, quietly, told, untraced
+from batchnorm.keras.internals import as_array, graph_of, quietly, told, untraced
 from batchnorm.keras.linear import linear_before
+from batchnorm.keras.naming import names_of, norms_of, numbers_of
 from batchnorm.moments import Moments
 from batchnorm.protocol import Measure, Measured, Pair, Statistics, note, piece
 
-__all__ = ["batches_of", "measuring", "stored", "write"]
+__all__ = ["batches_of", "entering", "measuring", "stored", "write"]
 
 # numbers that are looked at together, in float64
 BLOCK = 2**20
@@ -25,26 +26,28 @@ def stored(model: Any) -> list[Statistics]:
     Raises:
         OptionError: a layer that is not built.
     """
-    return [
-        _statistics(layer)
-        for layer in dict.fromkeys(parts(model))
-        if isinstance(layer, keras.layers.BatchNormalization)
-    ]
+    return [_statistics(layer, name) for layer, name in norms_of(model).items()]
 
 
-def _statistics(layer: Any) -> Statistics:
-    if not layer.built:
-        raise OptionError(
-            f"layer {layer.name!r} must be built, so that it knows its channels: call the model once first"
-        )
-    mean, variance = (as_array(v.value).astype(np.float64) for v in (layer.moving_mean, layer.moving_variance))
+def _statistics(layer: Any, name: str) -> Statistics:
+    mean, variance, *_ = numbers_of(layer)
     fixed = "" if layer.trainable else "it is frozen: set trainable = True first if it shall move"
-    return Statistics(layer.path, mean, variance, float(layer.epsilon), unbiased=False, fixed=fixed, key=layer)
+    return Statistics(name, mean, variance, float(layer.epsilon), unbiased=False, fixed=fixed, key=layer)
 
 
 def batches_of(data: Any) -> Any:
     """Return what yields the batches of a ``PyDataset``, which is no iterable; anything else as it is."""
     return _Indexed(data) if isinstance(data, keras.utils.PyDataset) else data
+
+
+def entering(model: Any, batch: Any) -> Any:
+    """Return what a batch of a data set calls a model with: Keras's own order is inputs, targets, weights."""
+    if isinstance(batch, tuple):
+        return batch[0] if batch else batch
+    graph = graph_of(model)
+    several = 0 if graph is None else len(graph.inputs)
+    # loaders of torch make lists; a model of several inputs may be given them as one
+    return batch[0] if isinstance(batch, list) and batch and len(batch) != several else batch
 
 
 class _Indexed:
@@ -90,13 +93,12 @@ def measuring(
     if device is not None:
         raise OptionError("Keras puts batches where it computes: leave device out, or use keras.device")
     watch = _Watch()
-    linear = {one: name for one in statistics if every and (name := linear_before(one.key))}
+    names = names_of(model) if every else {}
+    linear = {one: names[before] for one in statistics if (before := linear_before(one.key)) in names}
 
     def measure(batch: Any, use: Mapping[Statistics, Pair] | None) -> Measured:
-        first = every and not watch.found
-        watch.start(use, first=first)
-        # Keras's own order: inputs, targets, weights
-        x = batch[0] if isinstance(batch, tuple) and forward is None else batch
+        watch.start(use, first=every and not watch.found)
+        x = entering(model, batch) if forward is None else batch
         try:
             if forward is None:
                 model(x, training=False)
@@ -107,7 +109,7 @@ def measuring(
         except Exception as error:
             raise DataError(f"the model must take the batches of the data, but it failed: {told(error)}") from error
         sizes = [array.shape[0] for array in keras.tree.flatten(x) if len(getattr(array, "shape", ())) > 0]
-        reached = {one: name for one, name in linear.items() if first and one in watch.found}
+        reached = {one: name for one, name in linear.items() if watch.first and one in watch.found}
         return Measured(int(sizes[0]) if sizes else 1, watch.found, watch.inputs, reached)
 
     with ExitStack() as stack:

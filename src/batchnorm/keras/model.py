@@ -10,12 +10,13 @@ import numpy as np
 from batchnorm.affine import Affine
 from batchnorm.errors import OptionError
 from batchnorm.graph import Graph, Norm, Weights
-from batchnorm.keras import examples
+from batchnorm.keras import examples, loaders, optimizers, states
 from batchnorm.keras.internals import (
     as_array,
     calls,
     graph_of,
     in_float64,
+    leaving_random,
     named,
     own_variables,
     parts,
@@ -23,12 +24,15 @@ from batchnorm.keras.internals import (
     told,
     untraced,
 )
-from batchnorm.keras.measuring import batches_of, measuring, stored, write
+from batchnorm.keras.measuring import batches_of, entering, measuring, stored, write
+from batchnorm.keras.naming import names_of
 from batchnorm.keras.picture import Key, Path, Picture, draw
 from batchnorm.keras.rates import rates
 from batchnorm.keras.rebuilding import Edits, rebuilt
+from batchnorm.keras.rehearsal import train_once
 from batchnorm.protocol import Changes, Layer, Measure, Pair, Statistics, random_arrays
-from batchnorm.states import Rate
+from batchnorm.reach import dropout
+from batchnorm.states import BatchSizes, Mend, NormState, Optimization, Rate, Rehearsal
 
 __all__ = ["KerasModel"]
 
@@ -63,7 +67,8 @@ class KerasModel:
         elif functional is not None:
             _list_calls(functional, (), found)
         else:
-            found.update({layer: ((layer.name,), None) for layer in parts(self.model)[1:] if not layer._layers})
+            names = names_of(self.model)
+            found.update({layer: ((names[layer],), None) for layer in parts(self.model)[1:] if not layer._layers})
         counted: set[int] = set()
         return [_layer(".".join(path), layer, shape, counted) for layer, (path, shape) in found.items()]
 
@@ -148,8 +153,10 @@ class KerasModel:
         """Return a copy with all changes made; it is not compiled.
 
         Raises:
-            OptionError: a layer that can't be copied.
+            OptionError: a layer that can't be copied, or channels that shall go.
         """
+        if changes.channels or changes.gammas:
+            raise OptionError("channels of a Keras model can't be taken out: prune the model in torch or as ONNX")
         # constants of layers, too, stay as they were made
         edits = Edits(dtype="float64" if self._wide else None)
         for norm, replacement in changes.norms.items():
@@ -157,6 +164,8 @@ class KerasModel:
             edits.norms[id(self._find(norm))] = replacement
         for weights, (weight, bias) in changes.weights.items():
             edits.weights.setdefault(id(self._find(weights)), {})[weights.key.kernel] = weight, bias
+        edits.biasless = {id(self._find(weights)) for weights in changes.biasless}
+        edits.means = {id(self._find(norm)): mean for norm, mean in changes.means.items()}
         return self._rebuilt(edits, self._wide)
 
     def change(self, changes: Changes) -> None:
@@ -187,9 +196,59 @@ class KerasModel:
         """Assign new moving statistics in the model itself, all or none."""
         write(statistics)
 
+    # -- how its normalization stands ------------------------------------------------------------------------------
+
+    @property
+    def training(self) -> bool | None:
+        """``None``: Keras has no modes, each call says how it is meant."""
+        return None
+
+    @property
+    def learns(self) -> bool:
+        """Whether any weight of the model is trained."""
+        return bool(self.model.trainable_weights)
+
+    def states(self) -> list[NormState]:
+        """List the layers in the order in which the model holds them, also of a model that can't be seen through."""
+        return states.states(self.model)
+
+    def example_of(self, batch: Any) -> Any:
+        """Return the inputs in a batch, which is ``(inputs, targets, weights)`` or only inputs."""
+        return entering(self.model, batch)
+
+    def rehearse(self, example: Any) -> Rehearsal:
+        """Make one step of training in a copy, and look for dropout in the picture.
+
+        Raises:
+            OptionError: a model that can't be seen through or copied, or fails on the example.
+        """
+        graph = self.graph(example)
+        with leaving_random():
+            copy = rebuilt(self.model, Edits())
+            seen = train_once(self.model, copy, examples.packed(graph_of(copy), self.inputs(example, None)))
+        return Rehearsal(seen.twice, dropout(graph), seen.calls)
+
+    def batch_sizes(self, loader: Any) -> BatchSizes:
+        """Return the sizes of the batches of a loader, or of ``(samples, batch_size)``."""
+        return loaders.batch_sizes(self.model, loader)
+
+    def optimization(self, optimizer: Any) -> Optimization:
+        """Return what an optimizer and the penalties of the layers do to γ and β."""
+        return optimizers.optimization(self.model, optimizer)
+
+    def mend(self, mends: Mapping[str, Mend]) -> None:
+        """Set momenta, constants and ``trainable`` of layers, all or none."""
+        states.mend(self.model, mends)
+
+    def spare(self, optimizer: Any) -> int:
+        """Exclude γ and β from weight decay, beside what is excluded already."""
+        return optimizers.spare(self.model, optimizer)
+
     def rates(self, optimizer: Any, layers: Sequence[str]) -> list[Rate]:
         """Return how fast an optimizer turns the kernels of linear layers."""
         return rates(self.model, optimizer, layers)
+
+    # -- copies ----------------------------------------------------------------------------------------------------
 
     def cast(self, precision: str) -> "KerasModel | None":
         """Return a copy that computes in ``precision`` throughout; ``None`` where a layer does not."""

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import keras
-import numpy as np
 
 from batchnorm.errors import OptionError
 from batchnorm.graph import (
@@ -22,7 +21,8 @@ from batchnorm.graph import (
     Weights,
 )
 from batchnorm.keras import linear
-from batchnorm.keras.internals import as_array, calls, found_class, graph_of, own_variables, parts, standardized, told
+from batchnorm.keras.internals import calls, found_class, graph_of, own_variables, parts, standardized, told
+from batchnorm.keras.naming import names_of, numbers_of
 from batchnorm.keras.vocabulary import activation, chain, merge
 
 __all__ = ["Key", "Path", "Picture", "draw"]
@@ -85,6 +85,7 @@ class _Artist:
         self.opaque: dict[int, Any] = {}
         self.hidden: list[Norm] = []
         self.sharing = _sharing(model)
+        self.names = names_of(model)
 
     def run(self, functional: Any, inputs: list[_Flow], path: Path, training: bool | None) -> list[_Flow]:
         """Run a graph; ``training`` is what the model around it is called with, ``None`` for nothing."""
@@ -173,7 +174,7 @@ class _Artist:
     def _draw_norm(self, layer: Any, flow: _Flow, path: Path, training: bool) -> Value:
         norm = self.norms.get(id(layer))
         if norm is None:
-            norm = self.norms[id(layer)] = _norm(layer, path)
+            norm = self.norms[id(layer)] = self._norm(layer, path)
         if training and layer.trainable:
             norm.by_batch = True
             norm.locked = "it is called with training=True, which normalizes by the batch: call it without"
@@ -251,19 +252,16 @@ class _Artist:
     def _hide(self, layer: Any, path: Path, where: str) -> None:
         norm = self.norms.get(id(layer))
         if norm is None:
-            norm = self.norms[id(layer)] = _norm(layer, path)
+            norm = self.norms[id(layer)] = self._norm(layer, path)
             self.hidden.append(norm)
         if found_class(layer) is None:
             where = f"it is of the class {type(layer).__name__}, which computes in its own way"
         norm.locked = norm.locked or f"{where}: build the model from layers of Keras"
 
-
-def _norm(layer: Any, path: Path) -> Norm:
-    mean, variance, gamma, beta = (
-        None if variable is None else as_array(variable.value).astype(np.float64)
-        for variable in (layer.moving_mean, layer.moving_variance, layer.gamma, layer.beta)
-    )
-    return Norm(".".join(path), mean, variance, gamma, beta, layer.epsilon, key=Key(path))
+    def _norm(self, layer: Any, path: Path) -> Norm:
+        mean, variance, gamma, beta = numbers_of(layer)
+        name = self.names.get(layer, ".".join(path))
+        return Norm(name, mean, variance, gamma, beta, layer.epsilon, key=Key(path))
 
 
 def _given(kwargs: dict[str, Any]) -> set[str]:

@@ -7,8 +7,9 @@ import keras
 import numpy as np
 
 from batchnorm.errors import OptionError
-from batchnorm.keras.internals import as_array, own_variables, parts
+from batchnorm.keras.internals import as_array, inner_optimizers, optimizer_of, own_variables
 from batchnorm.keras.linear import has_kernel
+from batchnorm.keras.naming import names_of
 from batchnorm.states import Rate
 
 __all__ = ["rates"]
@@ -20,23 +21,25 @@ def rates(model: Any, optimizer: Any, layers: Sequence[str] = ()) -> list[Rate]:
     Args:
         model: a Keras model.
         optimizer: of Keras.
-        layers: their paths; empty for all dense layers and convolutions.
+        layers: dotted names; empty for all dense layers and convolutions.
 
     Raises:
         OptionError: no optimizer of Keras, or one that was built for other weights.
     """
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise OptionError(f"optimizer must be a keras.optimizers.Optimizer, got a {type(optimizer).__name__}")
-    held = {id(v) for v in getattr(optimizer, "_trainable_variables", ())}
-    if held and not any(id(v) in held for v in model.trainable_variables):
+    held = {id(v) for inner in inner_optimizers(optimizer) for v in inner._trainable_variables}
+    if optimizer.built and not any(id(v) in held for v in model.trainable_variables):
         raise OptionError("optimizer must hold weights of the model, it holds none of them")
-    step = float(as_array(optimizer.learning_rate))
-    found = [layer for layer in dict.fromkeys(parts(model)) if has_kernel(layer)]
     return [
-        Rate(str(layer.path), step, _length(kernels))
-        for layer in found
-        if (not layers or layer.path in layers) and (kernels := _kernels(layer))
+        Rate(name, _step(optimizer, kernels[0]), _length(kernels))
+        for layer, name in names_of(model).items()
+        if has_kernel(layer) and (not layers or name in layers) and (kernels := _kernels(layer))
     ]
+
+
+def _step(optimizer: Any, kernel: Any) -> float:
+    return float(as_array(optimizer_of(optimizer, kernel).learning_rate))
 
 
 def _kernels(layer: Any) -> list[Any]:

@@ -10,6 +10,7 @@ from batchnorm.affine import Affine
 from batchnorm.errors import OptionError
 from batchnorm.keras import linear
 from batchnorm.keras.internals import (
+    as_array,
     calls,
     copied_operation,
     graph_of,
@@ -32,11 +33,15 @@ class Edits:
     Args:
         norms: what stands in the place of a layer: `None` for nothing, or a scale and shift.
         weights: new kernels and biases.
+        biasless: linear layers that lose their bias.
+        means: new moving means.
         dtype: of all layers; `None` for the one that each has.
     """
 
     norms: dict[int, Affine | None] = field(default_factory=dict)
     weights: dict[int, linear.Values] = field(default_factory=dict)
+    biasless: set[int] = field(default_factory=set)
+    means: dict[int, np.ndarray] = field(default_factory=dict)
     dtype: str | None = None
 
 
@@ -55,7 +60,10 @@ def rebuilt(model: Any, edits: Edits) -> Any:
             if edits.dtype is not None:
                 keras.config.set_floatx(edits.dtype)
                 keras.config.set_dtype_policy(edits.dtype)
-            return _Builder(edits).model(model)
+            builder = _Builder(edits)
+            copy = builder.model(model)
+            builder.recompute()
+            return copy
         finally:
             keras.config.set_dtype_policy(policy[0])
             keras.config.set_floatx(policy[1])
@@ -146,6 +154,12 @@ class _Builder:
         except Exception as error:
             raise _uncopied(operation, told(error)) from error
 
+    def recompute(self) -> None:
+        """Let the copies be computed again in the backward pass where their layers are (`keras.RematScope`)."""
+        for old, new in self.copies.values():
+            for part, twin in zip(parts(old), parts(new), strict=False):
+                twin._remat_mode = part._remat_mode
+
     def _replacement(self, norm: Any) -> Any:
         affine = self.edits.norms[id(norm)]
         policy = self.edits.dtype or norm.dtype_policy
@@ -165,6 +179,8 @@ class _Builder:
         values = self.edits.weights.get(id(layer), {})
         if any(bias is not None for _, bias in values.values()) and linear.bias_of(layer) is None:
             config = {**config, **linear.bias_config(layer)}
+        if id(layer) in self.edits.biasless:
+            config = {**config, **linear.no_bias_config(layer)}
         if isinstance(layer, keras.layers.Lambda):
             kept = {key: config[key] for key in ("name", "dtype", "trainable") if key in config}
             own = {"output_shape": layer._output_shape, "mask": layer.mask, "arguments": layer.arguments}
@@ -194,12 +210,20 @@ class _Builder:
         if values and len(store) < len(new.weights):
             # the bias that the copy has in addition comes last
             store[str(len(store))] = np.zeros(tuple(linear.bias_of(new).shape))
+        if id(old) in self.edits.biasless:
+            # it comes last
+            last = str(len(store) - 1)
+            store[last] = np.zeros_like(as_array(store[last]))
+            if linear.bias_of(new) is None:
+                del store[last]
         try:
             new.load_own_variables(store)
         except Exception as error:
             raise _uncopied(old, f"its copy has other weights: {told(error)}") from error
         if values:
             linear.assign(new, values)
+        if id(old) in self.edits.means:
+            new.moving_mean.assign(self.edits.means[id(old)])
 
 
 def _retyped(config: Any, dtype: str) -> Any:

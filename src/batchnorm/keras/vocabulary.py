@@ -72,7 +72,7 @@ def chain(layer: Any, shape: Shape, output: Shape, *, training: bool) -> Chain |
     if known is None or not keras.backend.is_float_dtype(layer.compute_dtype):
         return None
     if known in _IDENTITIES or (known in _NOISES and not training):
-        return [(Identity(), output)]
+        return [(Identity(float(getattr(layer, "rate", 0.0))), output)]
     reader = _READERS.get(known)
     return None if reader is None else reader(layer, shape, output)
 

@@ -10,7 +10,7 @@ from batchnorm.errors import BatchNormError, OptionError
 from batchnorm.models import adapt
 from batchnorm.moments import Moments
 from batchnorm.observe.observation import Observation
-from batchnorm.observed import Observed, Part, judged, outputs, rounding
+from batchnorm.observed import Observed, Part, judged, normalizing, outputs, rounding
 from batchnorm.protocol import Measured, Model, Pair, Statistics
 from batchnorm.reading import check_reading, gathered, of_two, through
 from batchnorm.source import Source
@@ -160,8 +160,7 @@ class _Total:
 
     def _shares(self, one: Statistics, inputs: np.ndarray, first: Moments) -> tuple[float | None, float | None]:
         """Return the shares of silent channels and of large outputs, in the piece of the first call."""
-        state, moves = self.known.get(one.name), not one.fixed and self.use == "batch" and first.count > 1
-        used = one.pair if one.mean is not None and not moves else (first.mean, first.variance)
+        state, used = self.known.get(one.name), normalizing(one, first, by_batch=self.use == "batch")
         gamma, beta, eps = (None, None, one.eps) if state is None else (state.gamma, state.beta, state.eps)
         return outputs(inputs, used, gamma, beta, eps)
 
@@ -179,13 +178,13 @@ def _observation(
     known: Mapping[str, NormState],
     optimizer: Any,
 ) -> Observation:
-    found = []
+    found, ulp = [], rounding(view.precision)
     for one in layers:
         parts = [pack["parts"][one.name] for pack in packed if one.name in pack["parts"]]
         part = _merged(parts)
         if part is not None and any(m.count > 0 for m in part.calls):
             own, state = total.layers.get(one), known.get(one.name)
-            found.append(_judged(view, one, part, state, None if own is None else own.inputs))
+            found.append(_judged(one, part, ulp, state, None if own is None else own.inputs))
     reached = {one.layer for one in found}
     return Observation(
         tuple(found),
@@ -197,8 +196,7 @@ def _observation(
     )
 
 
-def _judged(view: Model, one: Statistics, part: Part, state: NormState | None, inputs: np.ndarray | None) -> Observed:
-    ulp = rounding(view.precision)
+def _judged(one: Statistics, part: Part, ulp: float, state: NormState | None, inputs: np.ndarray | None) -> Observed:
     if state is None:
         return judged(one, part, ulp=ulp, inputs=inputs)
     return judged(one, part, ulp=ulp, gamma=state.gamma, beta=state.beta, eps=state.eps, inputs=inputs)

@@ -39,7 +39,7 @@ class Call:
     @cached_property
     def name(self) -> str:
         """What a person knows the node by."""
-        return str(self.node.name or next((name for name in self.node.output if name), self.node.op_type))
+        return self.index.label(self.scope, self.node)
 
     def text(self, attribute: str, default: str) -> str:
         """Return an attribute that is a word."""

@@ -17,7 +17,7 @@ from batchnorm.onnx.scopes import Constant, Index, Scope
 from batchnorm.onnx.shapes import Shapes, asked, feeds
 from batchnorm.protocol import Measure, Measured, Pair, Statistics, note, piece
 
-__all__ = ["measuring", "stored"]
+__all__ = ["measuring", "selected", "stored"]
 
 _STORED = ("stored_mean", "stored_variance")
 
@@ -31,7 +31,7 @@ def stored(model: Any) -> list[Statistics]:
     for function in model.functions:
         for node in filter(is_norm, function.node):
             reason = f"it is in the function {function.name}: call onnx.inliner.inline_local_functions first"
-            found.append(Statistics(_name(node), None, None, 0.0, unbiased=False, fixed=reason))
+            found.append(Statistics(index.label_in(function, node), None, None, 0.0, unbiased=False, fixed=reason))
     return found
 
 
@@ -41,9 +41,10 @@ def _statistics(index: Index, scope: Scope, node: Any) -> Statistics:
     held = [index.constant(scope, name) for name in node.input[1:5]]
     reason = _why_fixed(scope, node, attributes, held)
     mean, variance = (None if c is None else c.read().astype(np.float64) for c in held[2:])
-    key = Norm(_name(node), mean, variance, None, None, eps, key=NormKey(scope.site(node), 0))
+    name = index.label(scope, node)
+    key = Norm(name, mean, variance, None, None, eps, key=NormKey(scope.site(node), 0))
     # the standard's own running variance is that of the population
-    return Statistics(_name(node), mean, variance, eps, unbiased=False, fixed=reason, key=key)
+    return Statistics(name, mean, variance, eps, unbiased=False, fixed=reason, key=key)
 
 
 def _why_fixed(scope: Scope, node: Any, attributes: dict[str, Any], held: list[Constant | None]) -> str:
@@ -56,10 +57,6 @@ def _why_fixed(scope: Scope, node: Any, attributes: dict[str, Any], held: list[C
     if any(constant is None or constant.overridable for constant in held):
         return "its numbers are computed, or given by the caller"
     return ""
-
-
-def _name(node: Any) -> str:
-    return str(node.name or node.output[0])
 
 
 @contextmanager
@@ -77,7 +74,7 @@ def measuring(model: Any, statistics: list[Statistics], *, every: bool = False) 
 
     def measure(batch: Any, use: Mapping[Statistics, Pair] | None) -> Measured:
         try:
-            given = feeds(model, _selected(model, batch))
+            given = feeds(model, selected(model, batch))
         except OptionError as error:
             raise DataError(str(error).replace("the example", "a batch")) from error
         looking = every and not seen
@@ -100,7 +97,7 @@ def _can_be_seen(one: Statistics) -> bool:
     return one.key is not None and not one.key.key.site.path and one.mean is not None and one.mean.ndim == 1
 
 
-def _selected(model: Any, batch: Any) -> Any:
+def selected(model: Any, batch: Any) -> Any:
     """Return what a model takes of a batch: the arrays that have the names of its inputs, or the first ones."""
     names = [value.name for value in asked(model)]
     if isinstance(batch, Mapping):

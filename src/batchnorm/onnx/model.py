@@ -1,8 +1,8 @@
 """An ONNX model, seen through the `Model` protocol."""
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,16 +12,17 @@ from onnx import TensorProto
 from batchnorm.errors import DataError, OptionError
 from batchnorm.graph import Graph
 from batchnorm.onnx.files import LIMIT, weight_bytes
-from batchnorm.onnx.measuring import measuring, stored
+from batchnorm.onnx.measuring import measuring, selected, stored
 from batchnorm.onnx.picture import draw, is_norm
 from batchnorm.onnx.rewriting import rewrite
 from batchnorm.onnx.running import Runner
 from batchnorm.onnx.scopes import Index, Scope
 from batchnorm.onnx.shapes import Shapes, feeds, random_feeds, skeleton
+from batchnorm.onnx.states import mend, states
 from batchnorm.onnx.tensors import FLOATS, check_tensor, rounded, tensors
 from batchnorm.onnx.widening import widened
 from batchnorm.protocol import Changes, Layer, Measure, Pair, Statistics, random_arrays
-from batchnorm.states import Rate
+from batchnorm.states import BatchSizes, Mend, NormState, Optimization, Rate, Rehearsal
 
 __all__ = ["OnnxModel"]
 
@@ -73,7 +74,7 @@ class OnnxModel:
         shapes = Shapes(self._model, None if example is None else self.inputs(example, None))
         index, counted = Index(self._model), set[int]()
         return [
-            _layer(shapes, scope, node, counted)
+            _layer(shapes, index, scope, node, counted)
             for scope in index.scopes.values()
             for node in scope.graph.node
             if node.output and not index.is_constant(scope, node)
@@ -121,9 +122,15 @@ class OnnxModel:
 
     def change(self, changes: Changes) -> None:
         """Make all changes in the model itself."""
+        with self._copy() as new:
+            rewrite(new, changes, self._elem_types())
+
+    @contextmanager
+    def _copy(self) -> Iterator[Any]:
+        """Yield a copy to be changed, which takes the place of the model if it is valid then."""
         new = type(self._model)()
         new.CopyFrom(self._model)
-        rewrite(new, changes, self._elem_types())
+        yield new
         _check(new)
         self._model.CopyFrom(new)
         self._runner, self._known = None, []
@@ -205,13 +212,57 @@ class OnnxModel:
         scope, node = index.find(one.key.key.site)
         return [c.elem_type for name in node.input[3:5] if (c := index.constant(scope, name)) is not None]
 
-    def rates(self, optimizer: Any, layers: Sequence[str]) -> list[Rate]:
-        """Refuse: an ONNX model is not trained.
+    # -- how its normalization stands ------------------------------------------------------------------------------
+
+    @property
+    def training(self) -> bool:
+        """``False``: a file only infers."""
+        return False
+
+    @property
+    def learns(self) -> bool:
+        """``False``: nothing of a file is trained."""
+        return False
+
+    def states(self) -> list[NormState]:
+        """List the batch normalization, of subgraphs and functions too; not what is frozen to a Mul and an Add."""
+        _check(self._model)
+        return states(self._model)
+
+    def example_of(self, batch: Any) -> Any:
+        """Return what the model takes of a batch: the arrays that have the names of its inputs, or the first ones."""
+        return selected(self._model, batch)
+
+    def rehearse(self, example: Any) -> Rehearsal:
+        """Decline: an ONNX model is not trained."""
+        raise _untrained("the rehearsal")
+
+    def batch_sizes(self, loader: Any) -> BatchSizes:
+        """Decline: an ONNX model is not trained."""
+        raise _untrained("the loader")
+
+    def optimization(self, optimizer: Any) -> Optimization:
+        """Decline: an ONNX model is not trained."""
+        raise _untrained("the optimizer")
+
+    def spare(self, optimizer: Any) -> int:
+        """Decline: an ONNX model is not trained."""
+        raise _untrained("the optimizer")
+
+    def mend(self, mends: Mapping[str, Mend]) -> None:
+        """Put nodes into their form for inference, and set their eps; all or none.
 
         Raises:
-            OptionError: always.
+            OptionError: anything else.
         """
-        raise OptionError("an ONNX model is not trained: leave optimizer out, or give the model it was exported from")
+        with self._copy() as new:
+            mend(new, mends)
+
+    def rates(self, optimizer: Any, layers: Sequence[str]) -> list[Rate]:
+        """Decline: an ONNX model is not trained."""
+        raise _untrained("the optimizer")
+
+    # -- copies ----------------------------------------------------------------------------------------------------
 
     def cast(self, precision: str) -> "OnnxModel | None":
         """Return a copy that computes in float64; ``None`` for other dtypes, or where an operator can't."""
@@ -227,6 +278,12 @@ class OnnxModel:
         except OptionError:
             return None
         return wide
+
+
+def _untrained(given: str) -> OptionError:
+    return OptionError(
+        f"an ONNX model is not trained: leave {given} out, or check the model that it was exported from with it"
+    )
 
 
 def _check(model: Any) -> int:
@@ -258,7 +315,7 @@ def _like(rng: np.random.Generator, array: np.ndarray) -> np.ndarray:
     return rng.permutation(array.ravel()).reshape(array.shape) if array.ndim > 1 else array
 
 
-def _layer(shapes: Shapes, scope: Scope, node: Any, counted: set[int]) -> Layer:
+def _layer(shapes: Shapes, index: Index, scope: Scope, node: Any, counted: set[int]) -> Layer:
     """Count the numbers of a node, but for those that an earlier one shares with it."""
     frozen = statistics = 0
     for place, name in enumerate(node.input):
@@ -273,4 +330,4 @@ def _layer(shapes: Shapes, scope: Scope, node: Any, counted: set[int]) -> Layer:
             frozen += math.prod(tensor.dims)
     sizes = shapes.open(scope, node.output[0])
     shape = None if sizes is None else (None, *sizes[1:]) if sizes else ()
-    return Layer(node.name or node.output[0], node.op_type, shape, 0, frozen, statistics)
+    return Layer(index.label(scope, node), node.op_type, shape, 0, frozen, statistics)

@@ -193,7 +193,7 @@ class _Artist:
         """Show the norms inside of functions that the model calls; they stay as they are."""
         for function in self.index.model.functions:
             for node in filter(is_norm, function.node):
-                norm = Norm(node.name or node.output[0], np.zeros(1), np.ones(1), None, None, 1e-5)
+                norm = Norm(self.index.label_in(function, node), np.zeros(1), np.ones(1), None, None, 1e-5)
                 norm.locked = f"it is in the function {function.name}: call onnx.inliner.inline_local_functions first"
                 self.graph.add(Normalize(norm, 1), [Value((1, 1))], [(1, 1)], norm.name)
 

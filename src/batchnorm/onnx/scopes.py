@@ -1,9 +1,10 @@
 """Who defines a name in an ONNX model, and who reads it: graphs inside of graphs, and constants in all their forms."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -132,6 +133,30 @@ class Index:
             }
         return used
 
+    def label(self, scope: Scope, node: Any) -> str:
+        """Return what a person knows a node by: its name, or its first output where it has none or shares it."""
+        return self._labels[scope.site(node)]
+
+    def label_in(self, function: Any, node: Any) -> str:
+        """Return the same for a node of a function."""
+        return self._labels[_site_in(function, node)]
+
+    @cached_property
+    def _labels(self) -> dict[Site, str]:
+        nodes = [(s.site(node), node) for s in self.scopes.values() for node in s.graph.node if any(node.output)]
+        nodes += [(_site_in(f, node), node) for f in self.model.functions for node in f.node if any(node.output)]
+        named = Counter(node.name for _, node in nodes)
+        labels, taken = {}, {name for name, times in named.items() if times == 1}
+        for site, node in nodes:
+            label, number = node.name, 2
+            if not label or named[label] > 1:
+                label = site.output
+                while label in taken:
+                    label, number = f"{site.output}_{number}", number + 1
+            taken.add(label)
+            labels[site] = label
+        return labels
+
     def overridable(self, scope: Scope, name: str) -> bool:
         """Whether an initializer is an input too; before version 4 of the format all were, and meant nothing by it."""
         return scope.outer is None and name in scope.inputs and self.model.ir_version >= 4
@@ -186,6 +211,10 @@ def subgraphs(node: Any) -> Iterator[tuple[tuple[str, str, int], Any]]:
             yield (first, attribute.name, 0), attribute.g
         for place, graph in enumerate(attribute.graphs):
             yield (first, attribute.name, place), graph
+
+
+def _site_in(function: Any, node: Any) -> Site:
+    return Site(((function.domain, function.name, 0),), next(name for name in node.output if name))
 
 
 def _of_tensor(held: Any, overridable: bool = False) -> Constant:

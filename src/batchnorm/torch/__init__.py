@@ -8,6 +8,7 @@ from batchnorm.torch.freezing import unfreeze as unfreeze
 from batchnorm.torch.layers import BatchNorm1d as BatchNorm1d
 from batchnorm.torch.layers import BatchNorm2d as BatchNorm2d
 from batchnorm.torch.layers import BatchNorm3d as BatchNorm3d
+from batchnorm.torch.monitoring import Monitor as Monitor
 from batchnorm.torch.options import RenormSchedule as RenormSchedule
 from batchnorm.torch.parameters import param_groups as param_groups
 from batchnorm.torch.surgery import convert as convert

@@ -1,7 +1,6 @@
 """Run a torch model in evaluation, and see what reaches its batch normalization layers."""
 
 import sys
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,18 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - as everybody calls it
-from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from batchnorm.errors import BatchNormError, DataError
 from batchnorm.moments import Moments
-from batchnorm.protocol import Measure, Measured, Pair, Statistics, note, piece
+from batchnorm.protocol import Measure, Measured, Pair, Statistics, note
 from batchnorm.torch.batches import caller, moved, samples_of
 from batchnorm.torch.evaluation import untraced
 from batchnorm.torch.layers import BatchNorm
 from batchnorm.torch.statistics import discovered
 from batchnorm.torch.sums import moments_of
-from batchnorm.torch.weights import Weights
+from batchnorm.torch.watching import LinearOutputs, fits, input_of, piece_of, weights_of
 
 __all__ = ["measuring"]
 
@@ -99,13 +97,14 @@ class _Watch(TorchFunctionMode):
         self.buffers = {id(buffer) for buffer in model.buffers()}
         self.centres: dict[Statistics, np.ndarray] = {}
         self.first = every
-        self.made: dict[int, tuple[Any, int, str]] = {}
+        self.outputs = LinearOutputs()
         self.start(None)
 
     def start(self, use: Mapping[Statistics, Pair] | None) -> None:
         """Forget the last batch."""
         self.use = use
-        self.first, self.made = self.every and not self.centres, {}
+        self.first = self.every and not self.centres
+        self.outputs.made.clear()
         self.found: dict[Statistics, list[Moments]] = {}
         self.inputs: dict[Statistics, np.ndarray] = {}
         self.linear: dict[Statistics, str] = {}
@@ -159,10 +158,8 @@ class _Watch(TorchFunctionMode):
     def _look(self, one: Statistics, x: Tensor, *, whole: bool) -> None:
         """Keep a piece of what reaches a layer first, and the name of the linear layer that has made it."""
         if whole and x.numel():
-            part = x.detach()[piece(x.shape)]
-            self.inputs[one] = np.array(part.to(torch.promote_types(x.dtype, torch.float32)).cpu().numpy())
-        made, version, name = self.made.get(id(x), (lambda: None, 0, ""))
-        if made() is x and x._version == version:
+            self.inputs[one] = piece_of(x)
+        if name := self.outputs.maker(x):
             self.linear[one] = name
 
     @contextmanager
@@ -172,8 +169,10 @@ class _Watch(TorchFunctionMode):
         kept: dict[nn.Module, dict[str, Any]] = {}
 
         def before(layer: Any, args: Any, kwargs: Any) -> None:
-            x, one = args[0] if args else kwargs.get("x", kwargs.get("input")), self.watched[layer]
-            weights = _weights_of(x, args, kwargs) if isinstance(layer, BatchNorm) else None
+            x, one = input_of(args, kwargs), self.watched[layer]
+            if not isinstance(layer, BatchNorm) and not fits(one, x):
+                return
+            weights = weights_of(layer, args, kwargs)
             if one.key is None:
                 self._measure(one, x, weights)
                 return
@@ -193,25 +192,10 @@ class _Watch(TorchFunctionMode):
                     layer.register_forward_hook(after, always_call=True),
                 ]
             if self.every:
-                hooks += self._noting_linear_layers()
+                hooks += self.outputs.hooks(self.model)
             yield
         finally:
             for hook in hooks:
                 hook.remove()
             for module, buffers in kept.items():
                 module._buffers.update(buffers)
-
-    def _noting_linear_layers(self) -> Iterator[Any]:
-        for name, module in self.model.named_modules():
-            if isinstance(module, nn.Linear | _ConvNd):
-
-                def note_output(_: Any, __: Any, y: Any, name: str = name) -> None:
-                    if self.first and isinstance(y, Tensor) and not y.is_inference():
-                        self.made[id(y)] = weakref.ref(y), y._version, name
-
-                yield module.register_forward_hook(note_output)
-
-
-def _weights_of(x: Tensor, args: Any, kwargs: Any) -> Tensor | None:
-    given = dict(zip(("mask", "sample_weight"), args[1:3], strict=False)) | kwargs
-    return Weights.read(x, *(given.get(name) for name in ("mask", "sample_weight", "lengths"))).over_places(x)

@@ -42,10 +42,7 @@ class TorchModel:
 
     def graph(self, example: Any | None) -> Graph:
         """Return the picture of the module as it stands on ``example``."""
-        if isinstance(self.model, torch.jit.ScriptModule):
-            raise OptionError(
-                "a model must be a Python module to be seen through, got a ScriptModule: give it before scripting"
-            )
+        _refuse_script(self.model)
         if example is None:
             raise OptionError(
                 "a torch module must be given an example input, it does not know the shape of its own: "
@@ -169,10 +166,7 @@ class TorchModel:
 
     def statistics(self) -> list[Statistics]:
         """List the running statistics of all layers, those inside of wrappers too."""
-        if isinstance(self.model, torch.jit.ScriptModule):
-            raise OptionError(
-                "a model must be a Python module to be measured, got a ScriptModule: give it before scripting"
-            )
+        _refuse_script(self.model)
         return stored(unwrapped(self.model))
 
     def batches(self, data: Any) -> Any:
@@ -192,7 +186,7 @@ class TorchModel:
     @property
     def training(self) -> bool | None:
         """Whether the module is in training mode."""
-        return bool(self.model.training)
+        return bool(unwrapped(self.model).training)
 
     @property
     def learns(self) -> bool:
@@ -201,6 +195,7 @@ class TorchModel:
 
     def states(self) -> list[NormState]:
         """List the batch normalization layers, and what else keeps a running mean and variance."""
+        _refuse_script(self.model)
         return states.states(unwrapped(self.model))
 
     def example_of(self, batch: Any) -> Inputs:
@@ -264,6 +259,13 @@ class TorchModel:
             for hook in hooks:
                 hook.remove()
         return shapes
+
+
+def _refuse_script(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise OptionError(
+            "a model must be a Python module to be seen through, got a ScriptModule: give it before scripting"
+        )
 
 
 def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,5 +1,7 @@
 """Draw the neutral picture of a torch model from a recording of its run."""
 
+from typing import Any
+
 from torch import nn
 
 from batchnorm.graph import (
@@ -65,7 +67,7 @@ class _Artist:
         elif type(self.scene.modules.get(call.module)) is nn.Linear and call.node is None:
             found = self.linears.dense(call.visit)
         elif self._is_dropout(call):
-            found = Identity(), self.scene.recording.visits[call.visit].inputs[:1]
+            found = self._dropout(call)
         if found is None:
             return False
         operation, sources = found
@@ -82,6 +84,10 @@ class _Artist:
         """Whether a call is inside of a dropout layer in training, which is several operations."""
         module, outputs = self.scene.modules.get(call.module), self.scene.recording.visits[call.visit].outputs
         return isinstance(module, nn.modules.dropout._DropoutNd) and is_stock(module) and len(outputs) == 1
+
+    def _dropout(self, call: Call) -> tuple[Identity, list[Slot]]:
+        layer: Any = self.scene.modules[call.module]
+        return Identity(rate=layer.p), self.scene.recording.visits[call.visit].inputs[:1]
 
     def _pin_what_is_conditional(self) -> None:
         """Pin values between calls that may not follow each other for other inputs."""

@@ -129,7 +129,8 @@ def _copies(module: nn.Module) -> list[Tensor]:
 
 
 def _equal(old: list[Tensor], new: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
+    # NaN stays NaN
+    return all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(old, new, strict=True))
 
 
 class _Watch(TorchFunctionMode):

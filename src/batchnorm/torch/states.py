@@ -14,15 +14,21 @@ from batchnorm.states import BatchSizes, Mend, NormState, Optimization
 from batchnorm.torch.batches import samples_of
 from batchnorm.torch.freezing import freeze
 from batchnorm.torch.layers import BatchNorm
-from batchnorm.torch.statistics import statistics_modules
+from batchnorm.torch.statistics import check_values, statistics_modules
 from batchnorm.torch.surgery import convert
 
 __all__ = ["batch_sizes", "mend", "optimization", "spare", "states"]
 
 
 def states(model: nn.Module) -> list[NormState]:
-    """List the batch normalization layers, and everything else that keeps a running mean and variance, each once."""
+    """List the batch normalization layers, and everything else that keeps a running mean and variance, each once.
+
+    Raises:
+        OptionError: a layer that does not know its size yet, or holds no values.
+    """
     found = dict(statistics_modules(model))
+    for name, module in found.items():
+        check_values(name, module)
     holders: dict[int, list[str]] = {}
     for name, module in found.items():
         mean = _running(module)[0]

@@ -14,7 +14,7 @@ from batchnorm.errors import OptionError
 from batchnorm.protocol import Pair, Statistics
 from batchnorm.torch.layers import BatchNorm
 
-__all__ = ["Buffers", "discovered", "statistics_modules", "stored", "unwrapped", "write"]
+__all__ = ["Buffers", "check_values", "discovered", "statistics_modules", "stored", "unwrapped", "write"]
 
 
 class Buffers(NamedTuple):
@@ -101,8 +101,7 @@ def _keeps_statistics(module: nn.Module) -> bool:
 
 
 def _statistics(name: str, module: nn.Module, training: bool) -> Statistics:
-    if any(is_lazy(tensor) for tensor in _own(module)):
-        raise OptionError(f"layer {name!r} must know its size: run the model once on an example first")
+    check_values(name, module)
     if isinstance(module, BatchNorm):
         mean, var, batches = module.running()
         unbiased = module.options.unbiased
@@ -115,11 +114,21 @@ def _statistics(name: str, module: nn.Module, training: bool) -> Statistics:
         return Statistics(
             name, None, None, 0.0, unbiased, "it keeps no running statistics and always uses those of the batch"
         )
-    if mean.is_meta:
-        raise OptionError(f"layer {name!r} must hold values, its statistics are on the meta device")
     buffers = Buffers(mean, var, batches, module)
     eps = float(getattr(module, "eps", 1e-5))
     return Statistics(name, _array(mean), _array(var), eps, unbiased, _why_fixed(module, training), buffers)
+
+
+def check_values(name: str, module: nn.Module) -> None:
+    """Make sure that a layer holds values.
+
+    Raises:
+        OptionError: it does not know its size yet, or is on the meta device.
+    """
+    if any(is_lazy(tensor) for tensor in _own(module)):
+        raise OptionError(f"layer {name!r} must know its size: run the model once on an example first")
+    if any(tensor.is_meta for tensor in _own(module)):
+        raise OptionError(f"layer {name!r} must hold values, its statistics are on the meta device")
 
 
 def _own(module: nn.Module) -> Iterator[Tensor]:
