@@ -153,7 +153,7 @@ def counted_twice_reentrant(sick: bool) -> Case:
 
 
 class Collecting(nn.Module):
-    """Returns what a hook has collected, as backbones of transformers do."""
+    """Returns what a hook has collected."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -117,7 +117,10 @@ def test_tables_are_made_of_the_recorded_values():
     assert "2 of 3" in bench._planted_table({"rows": rows})
     finding = {"code": "BN301", "layer": "a", "message": "", "true": True, "why": "another bias changes nothing"}
     false = {"code": "BN103", "layer": "b", "message": "", "true": False, "why": ""}
-    models = [{"model": "m", "layers": 3, "findings": [finding, finding, false]}, {"model": "n", "layers": 2, "findings": []}]
+    models = [
+        {"model": "m", "layers": 3, "findings": [finding, finding, false]},
+        {"model": "n", "layers": 2, "findings": []},
+    ]
     told = healthy.told({"models": models})
     assert "another bias changes nothing" in told
     assert "2 models with 5 layers; false findings in 1" in told

@@ -18,7 +18,7 @@ from torch import nn
 from batchnorm.bench import gaps, healthy, planting_training
 from batchnorm.bench.grown import Grown, Seed, grow, seeds
 from batchnorm.bench.machine import describe, keep
-from batchnorm.bench.planting import UnfitError, plant
+from batchnorm.bench.planting import plant
 from batchnorm.check import RULES, Report, check
 from batchnorm.errors import OptionError
 from batchnorm.lab.train import one_thread
@@ -115,25 +115,23 @@ def _grown(seed: Seed, unfit: list[dict[str, str]]) -> Grown | None:
     try:
         return grow(seed)
     except Exception as error:
-        unfit.append({"model": f"{seed.name}-{seed.number}", "code": "", "reason": f"{type(error).__name__}: {error}"[:200]})
+        unfit.append(
+            {"model": f"{seed.name}-{seed.number}", "code": "", "reason": f"{type(error).__name__}: {error}"[:200]}
+        )
         return None
 
 
-def _tried(
-    code: str, seed: Seed, grown: Grown, unfit: list[dict[str, str]]
-) -> dict[str, Any] | None:
+def _tried(code: str, seed: Seed, grown: Grown, unfit: list[dict[str, str]]) -> dict[str, Any] | None:
     """Plant one fault and look for it; ``None`` where it can't be planted."""
     try:
-        planted = plant(code, grown, np.random.default_rng([seed.number, *f"{code} {seed.name}".encode()]))
         before = _before(grown)
-        if any((code, layer) in before for layer in planted.layers):
-            raise UnfitError("it is there already")
-    except UnfitError as error:
-        unfit.append({"model": grown.name, "code": code, "reason": str(error)})
-        return None
+        planted = plant(code, grown, np.random.default_rng([seed.number, *f"{code} {seed.name}".encode()]))
     except Exception as error:
-        # a model that can't be operated on so
+        # a model that has no place for it, or can't be operated on so
         unfit.append({"model": grown.name, "code": code, "reason": f"{type(error).__name__}: {error}"[:200]})
+        return None
+    if any((code, layer) in before for layer in planted.layers):
+        unfit.append({"model": grown.name, "code": code, "reason": "it is there already"})
         return None
     row: dict[str, Any] = {"code": code, "zoo": seed.zoo, "model": grown.name, "kind": planted.kind}
     row |= {"layers": list(planted.layers)}
@@ -149,10 +147,10 @@ def _tried(
 
 def _before(grown: Grown) -> set[tuple[str, str]]:
     """Return what is found in the model before anything is planted."""
-    if not hasattr(grown, "baseline"):
+    if grown.findings is None:
         report = check(grown.model, grown.example, data=grown.batches)
-        grown.baseline = {(finding.code, finding.layer) for finding in report}  # type: ignore[attr-defined]
-    return grown.baseline  # type: ignore[attr-defined, no-any-return]
+        grown.findings = {(finding.code, finding.layer) for finding in report}
+    return grown.findings
 
 
 def judge(
@@ -251,7 +249,13 @@ def _speed(quick: bool) -> Any:
     # the first round fills caches
     turns = {name: values[1:] for name, values in turns.items()}
     layers = f"ResNet-{18 if quick else 152}", f"ResNet-{18 if quick else 50}, {count} x {tuple(data[0].shape)}"
-    return {"checked": layers[0], "whole": seconds, "passed": layers[1], "turns": turns, "threads": torch.get_num_threads()}
+    return {
+        "checked": layers[0],
+        "whole": seconds,
+        "passed": layers[1],
+        "turns": turns,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _seconds(work: Callable[[], Any]) -> float:

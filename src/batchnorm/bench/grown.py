@@ -57,6 +57,7 @@ class Grown:
     model: nn.Module
     batches: list[Any]
     kind: str = "image"
+    findings: set[tuple[str, str]] | None = None
 
     def copy(self) -> "Grown":
         """Return one whose model may be changed."""
@@ -139,7 +140,9 @@ def settle(model: nn.Module, batches: list[Any], passes: int = PASSES) -> None:
     modes = [(module, module.training) for module in model.modules()]
     weight = [1.0]
     hooks = [
-        m.register_forward_pre_hook(lambda m, args: _measure(m, args[0], weight[0])) for m in model.modules() if _stored(m)
+        m.register_forward_pre_hook(lambda m, args: _measure(m, args[0], weight[0]))
+        for m in model.modules()
+        if _stored(m)
     ]
     model.train()
     try:
@@ -251,8 +254,8 @@ def seeds(zoo: str = "") -> list[Seed]:
 
 def _member(member: Any, rng: np.random.Generator) -> tuple[nn.Module, Any]:
     model, example = member.build()
-    config = getattr(model, "config", None)
-    if hasattr(config, "apply_spec_augment"):
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "apply_spec_augment", False):
         # its masks are longer than the short waves here
         config.apply_spec_augment = False
     return model, example

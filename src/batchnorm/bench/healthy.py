@@ -67,8 +67,9 @@ def looked_at(grown: Grown) -> dict[str, Any]:
 
 
 def _told(finding: Finding, grown: Grown) -> dict[str, Any]:
+    evidence = EVIDENCE.get(finding.code)
     with kept_generators(), silent():
-        why = EVIDENCE.get(finding.code, lambda finding, grown: "")(finding, grown)
+        why = "" if evidence is None else evidence(finding, grown)
     told = {"code": finding.code, "layer": finding.layer, "message": finding.message}
     return told | {"true": bool(why), "why": why}
 
