@@ -1,4 +1,4 @@
-"""What `check` finds of planted faults, what it says of healthy models, whether it names the cause of a gap, and what it costs."""
+"""What `check` finds of planted faults and says of healthy models, whether it names the cause of a gap, and what it costs."""
 
 import copy
 import datetime
@@ -76,7 +76,7 @@ def run(out: Path, *parts: str, quick: bool = False) -> CheckBench:
 def _planted(quick: bool) -> Any:
     """Plant faults of all rules, until each has its number of models."""
     each = 1 if quick else EACH
-    counts = Counter[str]({code: 0 for code in RULES})
+    counts = Counter[str](dict.fromkeys(RULES, 0))
     rows: list[dict[str, Any]] = []
     unfit: list[dict[str, str]] = []
     for seed in _endless():

@@ -26,7 +26,7 @@ __all__ = ["Grown", "Seed", "Site", "grow", "seeds", "settle"]
 
 ROWS, BATCHES, STEPS, PASSES = 16, 4, 5, 30
 # batches that a trained model has counted, and what is left of its initial values then
-COUNTED, LEFT = 1000, 1e-12
+COUNTED, LEFT = 1000, 1e-40
 MOST_PARAMETERS = 60e6
 
 
