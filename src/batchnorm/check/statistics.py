@@ -198,9 +198,9 @@ def _stored_dead(state: NormState) -> np.ndarray:
         share = 0.0
     # not beside ε: a channel of small values is not dead
     rounded = 0.0 if state.mean is None else np.minimum(ROUNDED * state.mean**2, DEAD * state.eps)
-    dead: np.ndarray = np.abs(state.variance - share) <= rounded + NOTHING + ROUNDING * share * (
-        1 + (state.updates or 0)
-    )
+    left = rounded + NOTHING + ROUNDING * share * (1 + (state.updates or 0))
+    # statistics may have been measured anew, and hold nothing of their initial values
+    dead: np.ndarray = (np.abs(state.variance - share) <= left) | (np.abs(state.variance) <= rounded + NOTHING)
     return dead
 
 
