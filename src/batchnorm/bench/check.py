@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,7 +31,7 @@ __all__ = ["PARTS", "CheckBench", "run"]
 PARTS = ("planted", "healthy", "gap", "speed")
 # models of each rule; networks with a gap, and without one; timed pairs
 EACH, NETWORKS, WELL, ROUNDS = 20, 50, 20, 9
-PER_MODEL = 8
+PER_MODEL, KERAS_ROUNDS = 8, 2
 # importing it has entered its plants
 _ROOMS = (planting_training,)
 
@@ -95,7 +96,31 @@ def _planted(quick: bool) -> Any:
                 counts[code] += 1
                 rows.append(row)
         _said(f"{grown.name}: {sum(row['right'] for row in rows)} of {len(rows)} found")
+    if not quick and find_spec("keras") is not None:
+        rows += _planted_keras(unfit)
     return {"rows": rows, "unfit": unfit}
+
+
+def _planted_keras(unfit: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
+    """Plant faults in models of Keras, each rule's in one of each family and number."""
+    from batchnorm.bench import planting_keras as keras_plants
+
+    for number in range(KERAS_ROUNDS):
+        for name in keras_plants.FAMILIES:
+            model, batches = keras_plants.grow_keras(name, number)
+            report = check(model, batches[0], data=batches)
+            before = {(finding.code, finding.layer) for finding in report}
+            for code in keras_plants.KERAS_PLANTS:
+                rng = np.random.default_rng([number, *f"{code} {name}".encode()])
+                row: dict[str, Any] = {"code": code, "zoo": "keras", "model": f"{name}-{number}"}
+                try:
+                    planted = keras_plants.plant_keras(code, model, batches, rng)
+                except Exception as error:
+                    reason = f"{type(error).__name__}: {error}"[:200]
+                    unfit.append({"model": row["model"], "code": code, "reason": reason})
+                    continue
+                row |= {"kind": planted.kind, "layers": list(planted.layers)}
+                yield row | judge(code, planted.layers, check(planted.model, **planted.given), before)
 
 
 def _endless() -> Iterator[Seed]:
