@@ -43,7 +43,7 @@ def _behind_linear(grown: Grown, rng: np.random.Generator) -> str:
         raise UnfitError("no linear layer with one vector a sample")
     name = flat[int(rng.integers(len(flat)))]
     linear: Any = grown.model.get_submodule(name)
-    put(grown.model, name, nn.Sequential(linear, nn.BatchNorm1d(linear.out_features)))
+    put(grown.model, name, nn.Sequential(linear, nn.BatchNorm1d(linear.out_features)).eval())
     settle(grown.model, grown.batches)
     return f"{name}.1"
 
@@ -77,10 +77,10 @@ def dropout_before(grown: Grown, rng: np.random.Generator) -> Plant:
     rate = float(rng.uniform(0.1, 0.6))
     drop, norm = nn.Dropout(rate), grown.norm(site)
     if site.producer and rng.random() < 0.5:
-        put(grown.model, site.producer, nn.Sequential(grown.model.get_submodule(site.producer), drop))
+        put(grown.model, site.producer, nn.Sequential(grown.model.get_submodule(site.producer), drop).eval())
         name = site.name
     else:
-        put(grown.model, site.name, nn.Sequential(drop, norm))
+        put(grown.model, site.name, nn.Sequential(drop, norm).eval())
         name = f"{site.name}.1"
     measured = bool(rng.random() < 0.5)
     if measured:
@@ -198,7 +198,7 @@ def in_a_row(grown: Grown, rng: np.random.Generator) -> Plant:
     norm = grown.norm(site)
     second = type(norm)(norm.num_features)
     between = choose(rng, [], [], [nn.Identity()], [nn.Dropout(0.0)])
-    put(grown.model, site.name, nn.Sequential(norm, *between, second))
+    put(grown.model, site.name, nn.Sequential(norm, *between, second).eval())
     settle(grown.model, grown.batches)
     return Plant(f"{len(between)} between", grown.model, (f"{site.name}.{1 + len(between)}",), both(grown))
 
