@@ -152,6 +152,30 @@ def counted_twice_reentrant(sick: bool) -> Case:
     return Case(model if sick else convert(model), "block.1", {"example": images(4)})
 
 
+class Collecting(nn.Module):
+    """Returns what a hook has collected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Recomputed(reentrant=False)
+        self.inner.register_forward_hook(Collecting._collect)
+
+    @staticmethod
+    def _collect(module: Any, args: Any, result: Tensor) -> None:
+        module.found = [result]
+
+    def forward(self, x: Tensor) -> Any:
+        self.inner.found = []
+        self.inner(x)
+        return self.inner.__dict__.pop("found")
+
+
+@pair("BN106")
+def counted_twice_behind_a_hook(sick: bool) -> Case:
+    model = Collecting()
+    return Case(model if sick else convert(model), "inner.block.1", {"example": images(4)})
+
+
 @pair("BN107")
 def last_batch(sick: bool) -> Case:
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8, bias=False), nn.BatchNorm1d(8))
@@ -217,6 +241,21 @@ def odd_eps(sick: bool) -> Case:
     if sick:
         model[4].eps = 1e-5
     return Case(model, "4")
+
+
+@pair("BN111")
+def odd_eps_in_a_small_part(sick: bool) -> Case:
+    # a head, which comes last, may have another
+    blocks = [nn.Sequential(nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4), nn.ReLU()) for _ in range(6)]
+    blocks[2 if sick else 5][1].eps = 1e-3
+    return Case(nn.Sequential(*blocks), "2.1")
+
+
+@pair("BN102")
+def infinite(sick: bool) -> Case:
+    model = net()
+    model[4].running_var[2] = float("inf") if sick else 0.5
+    return Case(model, "4", {"data": list(images(64).split(16))})
 
 
 class Padded(nn.Module):

@@ -1,4 +1,4 @@
-"""What `check` finds of planted faults, what it says of healthy models, whether it names the cause of a gap, and what it costs."""
+"""What `check` finds of planted faults and says of healthy models, whether it names the cause of a gap, and what it costs."""
 
 import copy
 import datetime
@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,7 +19,7 @@ from torch import nn
 from batchnorm.bench import gaps, healthy, planting_training
 from batchnorm.bench.grown import Grown, Seed, grow, seeds
 from batchnorm.bench.machine import describe, keep
-from batchnorm.bench.planting import PLANTS, Plant, UnfitError, plant
+from batchnorm.bench.planting import plant
 from batchnorm.check import RULES, Report, check
 from batchnorm.errors import OptionError
 from batchnorm.lab.train import one_thread
@@ -30,7 +31,7 @@ __all__ = ["PARTS", "CheckBench", "run"]
 PARTS = ("planted", "healthy", "gap", "speed")
 # models of each rule; networks with a gap, and without one; timed pairs
 EACH, NETWORKS, WELL, ROUNDS = 20, 50, 20, 9
-PER_MODEL = 8
+PER_MODEL, KERAS_ROUNDS = 8, 2
 # importing it has entered its plants
 _ROOMS = (planting_training,)
 
@@ -76,7 +77,7 @@ def run(out: Path, *parts: str, quick: bool = False) -> CheckBench:
 def _planted(quick: bool) -> Any:
     """Plant faults of all rules, until each has its number of models."""
     each = 1 if quick else EACH
-    counts = Counter[str]({code: 0 for code in RULES})
+    counts = Counter[str](dict.fromkeys(RULES, 0))
     rows: list[dict[str, Any]] = []
     unfit: list[dict[str, str]] = []
     for seed in _endless():
@@ -95,7 +96,31 @@ def _planted(quick: bool) -> Any:
                 counts[code] += 1
                 rows.append(row)
         _said(f"{grown.name}: {sum(row['right'] for row in rows)} of {len(rows)} found")
+    if not quick and find_spec("keras") is not None:
+        rows += _planted_keras(unfit)
     return {"rows": rows, "unfit": unfit}
+
+
+def _planted_keras(unfit: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
+    """Plant faults in models of Keras, each rule's in one of each family and number."""
+    from batchnorm.bench import planting_keras as keras_plants
+
+    for number in range(KERAS_ROUNDS):
+        for name in keras_plants.FAMILIES:
+            model, batches = keras_plants.grow_keras(name, number)
+            report = check(model, batches[0], data=batches)
+            before = {(finding.code, finding.layer) for finding in report}
+            for code in keras_plants.KERAS_PLANTS:
+                rng = np.random.default_rng([number, *f"{code} {name}".encode()])
+                row: dict[str, Any] = {"code": code, "zoo": "keras", "model": f"{name}-{number}"}
+                try:
+                    planted = keras_plants.plant_keras(code, model, batches, rng)
+                except Exception as error:
+                    reason = f"{type(error).__name__}: {error}"[:200]
+                    unfit.append({"model": row["model"], "code": code, "reason": reason})
+                    continue
+                row |= {"kind": planted.kind, "layers": list(planted.layers)}
+                yield row | judge(code, planted.layers, check(planted.model, **planted.given), before)
 
 
 def _endless() -> Iterator[Seed]:
@@ -115,23 +140,23 @@ def _grown(seed: Seed, unfit: list[dict[str, str]]) -> Grown | None:
     try:
         return grow(seed)
     except Exception as error:
-        unfit.append({"model": f"{seed.name}-{seed.number}", "code": "", "reason": f"{type(error).__name__}: {error}"[:200]})
+        unfit.append(
+            {"model": f"{seed.name}-{seed.number}", "code": "", "reason": f"{type(error).__name__}: {error}"[:200]}
+        )
         return None
 
 
-def _tried(
-    code: str, seed: Seed, grown: Grown, unfit: list[dict[str, str]]
-) -> dict[str, Any] | None:
+def _tried(code: str, seed: Seed, grown: Grown, unfit: list[dict[str, str]]) -> dict[str, Any] | None:
     """Plant one fault and look for it; ``None`` where it can't be planted."""
     try:
+        before = _before(grown)
         planted = plant(code, grown, np.random.default_rng([seed.number, *f"{code} {seed.name}".encode()]))
-        before = _before(planted, grown)
-    except UnfitError as error:
-        unfit.append({"model": grown.name, "code": code, "reason": str(error)})
-        return None
     except Exception as error:
-        # a model that can't be operated on so
+        # a model that has no place for it, or can't be operated on so
         unfit.append({"model": grown.name, "code": code, "reason": f"{type(error).__name__}: {error}"[:200]})
+        return None
+    if any((code, layer) in before for layer in planted.layers):
+        unfit.append({"model": grown.name, "code": code, "reason": "it is there already"})
         return None
     row: dict[str, Any] = {"code": code, "zoo": seed.zoo, "model": grown.name, "kind": planted.kind}
     row |= {"layers": list(planted.layers)}
@@ -139,21 +164,27 @@ def _tried(
         report = check(planted.model, **planted.given)
     except Exception as error:
         return row | {"right": False, "raised": f"{type(error).__name__}: {error}"[:300]}
-    row |= judge(code, planted.layers, report, before)
+    row |= judge(code, planted.layers, report, before, planted.allowed)
     if not row["right"]:
         _said(f"  missed: {row}")
     return row
 
 
-def _before(planted: Plant, grown: Grown) -> set[tuple[str, str]]:
-    """Return what is found in the model before anything is planted, with the same rules."""
-    if not hasattr(grown, "baseline"):
-        report = check(grown.model, grown.example, data=grown.batches, training=None)
-        grown.baseline = {(finding.code, finding.layer) for finding in report}  # type: ignore[attr-defined]
-    return grown.baseline  # type: ignore[attr-defined, no-any-return]
+def _before(grown: Grown) -> set[tuple[str, str]]:
+    """Return what is found in the model before anything is planted."""
+    if grown.findings is None:
+        report = check(grown.model, grown.example, data=grown.batches)
+        grown.findings = {(finding.code, finding.layer) for finding in report}
+    return grown.findings
 
 
-def judge(code: str, layers: tuple[str, ...], report: Report, before: set[tuple[str, str]]) -> dict[str, Any]:
+def judge(
+    code: str,
+    layers: tuple[str, ...],
+    report: Report,
+    before: set[tuple[str, str]],
+    allowed: tuple[str, ...] = (),
+) -> dict[str, Any]:
     """Say whether a fault was found with the right code in the right layers, and what else was found.
 
     Right: each planted layer is named, and the worst finding of the rule, which the healthy model has not, is one of them.
@@ -161,8 +192,8 @@ def judge(code: str, layers: tuple[str, ...], report: Report, before: set[tuple[
     found = [finding.layer for finding in report if finding.code == code]
     new = [layer for layer in found if (code, layer) not in before]
     others = {(finding.code, finding.layer) for finding in report if finding.code != code} - before
-    right = set(layers) <= set(found) and bool(new) and new[0] in layers
-    facts: dict[str, Any] = {"right": right, "also": [layer for layer in new if layer not in layers]}
+    right = set(layers) <= set(found) and bool(new) and new[0] in (*layers, *allowed)
+    facts: dict[str, Any] = {"right": right, "also": [layer for layer in new if layer not in (*layers, *allowed)]}
     facts["others"] = sorted(Counter(other for other, _ in others).items())
     if not right:
         reasons = [str(rule) for rule in report.not_run if rule.code == code]
@@ -243,7 +274,13 @@ def _speed(quick: bool) -> Any:
     # the first round fills caches
     turns = {name: values[1:] for name, values in turns.items()}
     layers = f"ResNet-{18 if quick else 152}", f"ResNet-{18 if quick else 50}, {count} x {tuple(data[0].shape)}"
-    return {"checked": layers[0], "whole": seconds, "passed": layers[1], "turns": turns, "threads": torch.get_num_threads()}
+    return {
+        "checked": layers[0],
+        "whole": seconds,
+        "passed": layers[1],
+        "turns": turns,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _seconds(work: Callable[[], Any]) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ __all__ = ["Grown", "Seed", "Site", "grow", "seeds", "settle"]
 
 ROWS, BATCHES, STEPS, PASSES = 16, 4, 5, 30
 # batches that a trained model has counted, and what is left of its initial values then
-COUNTED, LEFT = 1000, 1e-12
+COUNTED, LEFT = 1000, 1e-40
 MOST_PARAMETERS = 60e6
 
 
@@ -57,6 +57,7 @@ class Grown:
     model: nn.Module
     batches: list[Any]
     kind: str = "image"
+    findings: set[tuple[str, str]] | None = None
 
     def copy(self) -> "Grown":
         """Return one whose model may be changed."""
@@ -137,23 +138,17 @@ def settle(model: nn.Module, batches: list[Any], passes: int = PASSES) -> None:
     norms: list[Any] = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     own = [(norm, norm.momentum) for norm in norms]
     modes = [(module, module.training) for module in model.modules()]
-    weight = [1.0]
-    hooks = [
-        m.register_forward_pre_hook(lambda m, args: _measure(m, args[0], weight[0])) for m in model.modules() if _stored(m)
-    ]
     model.train()
     try:
         with torch.no_grad():
             for number in range(passes):
-                weight[0] = max(0.1, 1 / (number + 1))
                 for norm in norms:
-                    norm.momentum = weight[0]
+                    norm.momentum = max(0.1, 1 / (number + 1))
                 call(model, batches[number % len(batches)])
     finally:
-        for hook in hooks:
-            hook.remove()
         for module, training in modes:
             module.training = training
+    _fill_frozen(model, batches)
     for norm, momentum in own:
         norm.momentum = momentum
         if norm.num_batches_tracked is not None:
@@ -170,10 +165,20 @@ def _stored(module: nn.Module) -> bool:
     return not isinstance(module, _BatchNorm) and isinstance(getattr(module, "running_mean", None), Tensor)
 
 
-def _measure(module: Any, x: Tensor, weight: float) -> None:
-    axes = [axis for axis in range(x.ndim) if axis != 1]
-    module.running_mean.lerp_(x.mean(axes), weight)
-    module.running_var.lerp_(x.var(axes), weight)
+@torch.no_grad()
+def _fill_frozen(model: nn.Module, batches: list[Any]) -> None:
+    """Give frozen layers the statistics of what reaches them, one after the other."""
+    for module in [module for module in model.modules() if _stored(module)]:
+        seen: list[Tensor] = []
+        hook = module.register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.append(args[0].transpose(0, 1).flatten(1))
+        )
+        for batch in batches:
+            call(model, batch)
+        hook.remove()
+        values, frozen = torch.cat(seen, 1), cast(Any, module)
+        frozen.running_mean.copy_(values.mean(1))
+        frozen.running_var.copy_(values.var(1))
 
 
 # -- what is reached -----------------------------------------------------------------------------------------------------
@@ -251,8 +256,8 @@ def seeds(zoo: str = "") -> list[Seed]:
 
 def _member(member: Any, rng: np.random.Generator) -> tuple[nn.Module, Any]:
     model, example = member.build()
-    config = getattr(model, "config", None)
-    if hasattr(config, "apply_spec_augment"):
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "apply_spec_augment", False):
         # its masks are longer than the short waves here
         config.apply_spec_augment = False
     return model, example

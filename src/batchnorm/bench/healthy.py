@@ -67,8 +67,9 @@ def looked_at(grown: Grown) -> dict[str, Any]:
 
 
 def _told(finding: Finding, grown: Grown) -> dict[str, Any]:
+    evidence = EVIDENCE.get(finding.code)
     with kept_generators(), silent():
-        why = EVIDENCE.get(finding.code, lambda finding, grown: "")(finding, grown)
+        why = "" if evidence is None else evidence(finding, grown)
     told = {"code": finding.code, "layer": finding.layer, "message": finding.message}
     return told | {"true": bool(why), "why": why}
 
@@ -106,12 +107,14 @@ def _dropout(finding: Finding, grown: Grown) -> str:
     module = model.get_submodule(finding.layer)
     module.register_forward_pre_hook(lambda _, args: seen.append(float(args[0].detach().var())))
     drops: list[Any] = [m for m in model.modules() if "Dropout" in type(m).__name__]
-    _outputs(model, grown.example)
-    for drop in drops:
-        drop.p = 0.0
-    _outputs(model, grown.example)
-    ratio = seen[-1] / max(seen[0], 1e-12)
-    return f"without dropout the variance is {ratio:.2f} × that with it" if ratio < 0.97 else ""
+    for rates in ([drop.p for drop in drops], [0.0] * len(drops)):
+        for drop, rate in zip(drops, rates, strict=True):
+            drop.p = rate
+        for batch in grown.batches:
+            _outputs(model, batch)
+    half = len(seen) // 2
+    ratio = sum(seen[half:]) / max(sum(seen[:half]), 1e-12)
+    return f"without dropout the variance is {ratio:.2f} × that with it" if ratio < 0.985 else ""
 
 
 def _dead(finding: Finding, grown: Grown) -> str:

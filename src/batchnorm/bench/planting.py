@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - as everybody calls it
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from batchnorm.bench.grown import Grown, Site, distance, settle
-from batchnorm.torch.evaluation import call, silent
+from batchnorm.bench.grown import Grown, Site, settle
+from batchnorm.torch.evaluation import call, kept_generators, silent
 
 __all__ = ["PLANTS", "Plant", "UnfitError", "plant"]
 
@@ -31,12 +31,14 @@ class Plant:
         model: with the fault.
         layers: those that must be found, all of them; ``""`` for the model as a whole.
         given: what else `check` is given.
+        allowed: other layers that the fault reaches, and that may be found too.
     """
 
     kind: str
     model: nn.Module
     layers: tuple[str, ...]
     given: dict[str, Any] = field(default_factory=dict)
+    allowed: tuple[str, ...] = ()
 
 
 Planting = Callable[[Grown, np.random.Generator], Plant]
@@ -61,7 +63,12 @@ def plant(code: str, grown: Grown, rng: np.random.Generator) -> Plant:
     """
     with torch.random.fork_rng(devices=()), silent():
         torch.manual_seed(int(rng.integers(2**31)))
-        return PLANTS[code](grown.copy(), rng)
+        planted = PLANTS[code](grown.copy(), rng)
+        if "example" in planted.given:
+            # some models read more of a layer than its output
+            with kept_generators(), torch.no_grad():
+                call(planted.model, planted.given["example"])
+        return planted
 
 
 # -- places --------------------------------------------------------------------------------------------------------------
@@ -172,11 +179,12 @@ def _other_data(grown: Grown, rng: np.random.Generator) -> Plant:
     """Images that were not prepared as in training."""
     site = pick(grown, rng, lambda site: site.first)
     change = choose(rng, lambda x: 4 * x, lambda x: 0.2 * x, lambda x: x + 1.5, lambda x: 127 + 64 * x)
-    batches = [_changed(batch, change) for batch in grown.batches]
+    batches = [changed(batch, change) for batch in grown.batches]
     return Plant("other data", grown.model, (site.name,), {"example": batches[0], "data": batches})
 
 
-def _changed(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def changed(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a batch with other tensors."""
     return {key: change(value) for key, value in batch.items()} if isinstance(batch, dict) else change(batch)
 
 
@@ -266,13 +274,12 @@ def several_streams(grown: Grown, rng: np.random.Generator) -> Plant:
     if kind == "siamese":
         if grown.kind != "image":
             raise UnfitError("not images alone")
-        model = Twice(grown.model, float(rng.uniform(2, 4)))
+        # where the streams meet in one layer, first of all; behind it they are normalized, but not alike
+        first = pick(grown, rng, lambda site: site.first)
+        model = Twice(grown.model, float(rng.uniform(2, 4))).eval()
         settle(model, grown.batches)
-        # where the streams meet in one layer, first of all
-        first = next((site for site in grown.sites if site.first), None)
-        if first is None:
-            raise UnfitError("no layer right behind the input")
-        return Plant(kind, model, (f"model.{first.name}",), both(grown))
+        others = tuple(f"model.{site.name}" for site in grown.sites)
+        return Plant(kind, model, (f"model.{first.name}",), both(grown), others)
     one = pick(grown, rng, lambda site: site.calls == 1)
     size = len(grown.norm(one).running_var)
     other = pick(grown, rng, lambda site: site.calls == 1 and site != one and len(grown.norm(site).running_var) == size)
@@ -297,6 +304,8 @@ def recomputing(module: nn.Module, reentrant: bool) -> None:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not (self.training and torch.is_grad_enabled()):
             return cls.forward(self, *args, **kwargs)
+        # lists of their own: DenseNet's grow behind the call
+        args, kwargs = tree_map(lambda leaf: leaf, (args, kwargs))
         return checkpoint(partial(cls.forward, self), *args, use_reentrant=reentrant, **kwargs)
 
     module.__class__ = type(f"Recomputed{cls.__name__}", (cls,), {"forward": forward})
@@ -306,9 +315,13 @@ def recomputing(module: nn.Module, reentrant: bool) -> None:
 def counted_twice(grown: Grown, rng: np.random.Generator) -> Plant:
     """A part of chance, under activation checkpointing."""
     part, layers = block(grown, rng)
-    if part in layers:
-        raise UnfitError("a layer alone")
-    recomputing(grown.model.get_submodule(part), reentrant=False)
+    module, called = grown.model.get_submodule(part), list[Any]()
+    hook = module.register_forward_hook(lambda *args: called.append(None))
+    call(grown.model, grown.example)
+    hook.remove()
+    if part in layers or not called:
+        raise UnfitError("a layer alone, or a list of parts")
+    recomputing(module, reentrant=False)
     return Plant("checkpointed", grown.model, tuple(layers), both(grown))
 
 
@@ -332,72 +345,3 @@ def swapped_momentum(grown: Grown, rng: np.random.Generator) -> Plant:
     for name in layers:
         grown.model.get_submodule(name).momentum = momentum
     return Plant(f"{momentum}", grown.model, tuple(layers), both(grown))
-
-
-# -- padding -------------------------------------------------------------------------------------------------------------
-
-
-class Masking(nn.Module):
-    """Sets everything behind the end of each sequence to zero."""
-
-    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
-        """Return ``x (N, C, L)`` where ``valid (N, L)``."""
-        return x * valid[:, None]
-
-
-class Sequences(nn.Module):
-    """Convolutions over sequences; from one of them on, padding is set to zero again before every layer."""
-
-    def __init__(self, depth: int, width: int, kernel: int, leaks: int) -> None:
-        super().__init__()
-        self.convs = nn.ModuleList(
-            nn.Conv1d(width if i else 5, width, kernel, padding=kernel // 2, bias=False) for i in range(depth)
-        )
-        self.norms = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(depth))
-        self.masking, self.leaks = Masking(), leaks
-
-    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
-        """Return what the last layer has found in ``x (N, 5, L)``."""
-        for number, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            x = conv(x)
-            x = F.relu(norm(self.masking(x, valid) if number == self.leaks else x))
-        return x.amax(-1)
-
-
-@plants("BN112")
-def padding(grown: Grown, rng: np.random.Generator) -> Plant:
-    """Images of different sizes, filled up with zeros; or sequences, whose padding is zero before a layer of chance."""
-    if grown.kind != "image" or rng.random() < 0.5:
-        return _padded_sequences(rng)
-    site = pick(grown, rng, lambda site: site.first)
-    batches = [_changed(batch, lambda x: _padded(x, rng)) for batch in grown.batches]
-    settle(grown.model, batches)
-    return Plant("images", grown.model, (site.name,), {"example": batches[0], "data": batches})
-
-
-def _padded(x: Tensor, rng: np.random.Generator) -> Tensor:
-    x = x.clone()
-    for image in x:
-        image[..., int(rng.integers(x.shape[-1] // 3, x.shape[-1] + 1)) :] = 0
-    return x
-
-
-def _padded_sequences(rng: np.random.Generator) -> Plant:
-    depth, steps = int(rng.integers(1, 7)), int(rng.integers(16, 40))
-    leaks = int(rng.integers(depth))
-    model = Sequences(depth, int(choose(rng, 8, 16, 24)), int(choose(rng, 1, 3, 5)), leaks)
-    lengths = torch.from_numpy(rng.integers(steps // 3, steps + 1, (4, 16)))
-    valid = torch.arange(steps) < lengths[:, :, None]
-    batches = [(1 + torch.randn(16, 5, steps), mask.float()) for mask in valid]
-    settle(model, batches)
-    return Plant(f"layer {leaks} of {depth}", model, (f"norms.{leaks}",), {"example": batches[0], "data": batches})
-
-
-def _steps(model: nn.Module, batches: list[Any], optimizer: Any, each: int, count: int) -> None:
-    """Run so many batches forward and backward, with a step of the optimizer after every few of them."""
-    model.train()
-    for number in range(count):
-        torch.autograd.backward(distance(call(model, batches[number % len(batches)])))
-        if number % each == each - 1:
-            optimizer.step()
-            optimizer.zero_grad()

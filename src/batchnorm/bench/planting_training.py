@@ -1,14 +1,16 @@
-"""More faults, planted at a layer of chance: those of training, and what a model carries for nothing."""
+"""More faults, planted at a layer of chance: those of training, of padding, and what a model carries for nothing."""
 
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - as everybody calls it
 
-from batchnorm.bench.grown import Grown, Site, settle
-from batchnorm.bench.planting import Plant, UnfitError, _steps, block, both, choose, loader, pick, plants, put
+from batchnorm.bench.grown import Grown, Site, distance, settle
+from batchnorm.bench.planting import Plant, UnfitError, block, both, changed, choose, loader, pick, plants, put
 from batchnorm.fold import fold
+from batchnorm.torch.evaluation import call
 from batchnorm.torch.statistics import statistics_modules
 
 __all__: list[str] = []
@@ -32,8 +34,6 @@ def _behind_linear(grown: Grown, rng: np.random.Generator) -> str:
         for name, module in grown.model.named_modules()
         if isinstance(module, nn.Linear)
     ]
-    from batchnorm.torch.evaluation import call
-
     with torch.no_grad():
         call(grown.model, grown.example)
     for hook in hooks:
@@ -43,7 +43,7 @@ def _behind_linear(grown: Grown, rng: np.random.Generator) -> str:
         raise UnfitError("no linear layer with one vector a sample")
     name = flat[int(rng.integers(len(flat)))]
     linear: Any = grown.model.get_submodule(name)
-    put(grown.model, name, nn.Sequential(linear, nn.BatchNorm1d(linear.out_features)))
+    put(grown.model, name, nn.Sequential(linear, nn.BatchNorm1d(linear.out_features)).eval())
     settle(grown.model, grown.batches)
     return f"{name}.1"
 
@@ -75,12 +75,12 @@ def dropout_before(grown: Grown, rng: np.random.Generator) -> Plant:
     """Dropout right before a layer; in half of the models the statistics are already those with dropout."""
     site = pick(grown, rng, lambda site: site.calls == 1)
     rate = float(rng.uniform(0.1, 0.6))
-    drop, norm = choose(rng, nn.Dropout, nn.Dropout1d if grown.kind == "sequence" else nn.Dropout)(rate), grown.norm(site)
+    drop, norm = nn.Dropout(rate), grown.norm(site)
     if site.producer and rng.random() < 0.5:
-        put(grown.model, site.producer, nn.Sequential(grown.model.get_submodule(site.producer), drop))
+        put(grown.model, site.producer, nn.Sequential(grown.model.get_submodule(site.producer), drop).eval())
         name = site.name
     else:
-        put(grown.model, site.name, nn.Sequential(drop, norm))
+        put(grown.model, site.name, nn.Sequential(drop, norm).eval())
         name = f"{site.name}.1"
     measured = bool(rng.random() < 0.5)
     if measured:
@@ -125,7 +125,9 @@ def deep_stack(grown: Grown, rng: np.random.Generator) -> Plant:
     batches = [torch.randn(16, width, *() if dense else (6, 6)) for _ in range(4)]
     settle(model, batches)
     end = [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)][-1]
-    return Plant(f"{depth} {'dense' if dense else 'conv'}", model.train(), (end,), {"example": batches[0], "data": batches})
+    return Plant(
+        f"{depth} {'dense' if dense else 'conv'}", model.train(), (end,), {"example": batches[0], "data": batches}
+    )
 
 
 def _norm_and_relu(width: int, dense: bool, rng: np.random.Generator) -> nn.Module:
@@ -134,17 +136,22 @@ def _norm_and_relu(width: int, dense: bool, rng: np.random.Generator) -> nn.Modu
     return nn.Sequential(linear, norm, choose(rng, nn.ReLU, nn.LeakyReLU, nn.SiLU, nn.GELU)())
 
 
+def _synchronized(module: nn.Module) -> nn.Module:
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+    return converted
+
+
 @plants("BN207")
 def useless_synchronization(grown: Grown, rng: np.random.Generator) -> Plant:
     """Synchronized layers in one process: one of them, those of a part, or all."""
     kind = choose(rng, "one", "part", "all")
     if kind == "all":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(grown.model)
+        model = _synchronized(grown.model)
         return Plant(kind, model.train(), tuple(site.name for site in grown.sites))
-    part, layers = block(grown, rng)
+    _, layers = block(grown, rng)
     layers = layers if kind == "part" else [pick(grown, rng).name]
     for name in layers:
-        put(grown.model, name, nn.SyncBatchNorm.convert_sync_batchnorm(grown.model.get_submodule(name)))
+        put(grown.model, name, _synchronized(grown.model.get_submodule(name)))
     return Plant(kind, grown.model.train(), tuple(layers))
 
 
@@ -173,11 +180,7 @@ def _has_no_bias(grown: Grown, site: Site) -> bool:
 def foldable(grown: Grown, rng: np.random.Generator) -> Plant:
     """A norm behind a convolution, in a model in which all others are folded already."""
     folded: Any = fold(grown.model, grown.example).model
-    convs = [
-        name
-        for name, module in folded.named_modules()
-        if isinstance(module, nn.Conv2d) and isinstance(folded.get_submodule(name.rpartition(".")[0]), nn.Module)
-    ]
+    convs = [name for name, module in folded.named_modules() if isinstance(module, nn.Conv2d)]
     if not convs:
         raise UnfitError("no convolution")
     name = convs[int(rng.integers(len(convs)))]
@@ -195,6 +198,75 @@ def in_a_row(grown: Grown, rng: np.random.Generator) -> Plant:
     norm = grown.norm(site)
     second = type(norm)(norm.num_features)
     between = choose(rng, [], [], [nn.Identity()], [nn.Dropout(0.0)])
-    put(grown.model, site.name, nn.Sequential(norm, *between, second))
+    put(grown.model, site.name, nn.Sequential(norm, *between, second).eval())
     settle(grown.model, grown.batches)
     return Plant(f"{len(between)} between", grown.model, (f"{site.name}.{1 + len(between)}",), both(grown))
+
+
+# -- padding -------------------------------------------------------------------------------------------------------------
+
+
+class Masking(nn.Module):
+    """Sets everything behind the end of each sequence to zero."""
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        """Return ``x (N, C, L)`` where ``valid (N, L)``."""
+        return x * valid[:, None]
+
+
+class Sequences(nn.Module):
+    """Convolutions over sequences; from one of them on, padding is set to zero again before every layer."""
+
+    def __init__(self, depth: int, width: int, kernel: int, leaks: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            nn.Conv1d(width if i else 5, width, kernel, padding=kernel // 2, bias=False) for i in range(depth)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(depth))
+        self.masking, self.leaks = Masking(), leaks
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        """Return what the last layer has found in ``x (N, 5, L)``."""
+        for number, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            x = conv(x)
+            x = F.relu(norm(self.masking(x, valid) if number == self.leaks else x))
+        return x.amax(-1)
+
+
+@plants("BN112")
+def padding(grown: Grown, rng: np.random.Generator) -> Plant:
+    """Images of different sizes, filled up with zeros; or sequences, whose padding is zero before a layer of chance."""
+    if grown.kind != "image" or rng.random() < 0.5:
+        return _padded_sequences(rng)
+    site = pick(grown, rng, lambda site: site.first)
+    batches = [changed(batch, lambda x: _padded(x, rng)) for batch in grown.batches]
+    settle(grown.model, batches)
+    return Plant("images", grown.model, (site.name,), {"example": batches[0], "data": batches})
+
+
+def _padded(x: Tensor, rng: np.random.Generator) -> Tensor:
+    x = x.clone()
+    for image in x:
+        image[..., int(rng.integers(x.shape[-1] // 3, x.shape[-1] + 1)) :] = 0
+    return x
+
+
+def _padded_sequences(rng: np.random.Generator) -> Plant:
+    depth, steps = int(rng.integers(1, 7)), int(rng.integers(16, 40))
+    leaks = int(rng.integers(depth))
+    model = Sequences(depth, int(choose(rng, 8, 16, 24)), int(choose(rng, 1, 3, 5)), leaks)
+    lengths = torch.from_numpy(rng.integers(steps // 3, steps + 1, (4, 16)))
+    valid = torch.arange(steps) < lengths[:, :, None]
+    batches = [(1 + torch.randn(16, 5, steps), mask.float()) for mask in valid]
+    settle(model, batches)
+    return Plant(f"layer {leaks} of {depth}", model, (f"norms.{leaks}",), {"example": batches[0], "data": batches})
+
+
+def _steps(model: nn.Module, batches: list[Any], optimizer: Any, each: int, count: int) -> None:
+    """Run so many batches forward and backward, with a step of the optimizer after every few of them."""
+    model.train()
+    for number in range(count):
+        torch.autograd.backward(distance(call(model, batches[number % len(batches)])))
+        if number % each == each - 1:
+            optimizer.step()
+            optimizer.zero_grad()

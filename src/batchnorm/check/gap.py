@@ -81,7 +81,7 @@ def _gaps(subject: Subject) -> Iterator[_Gap]:
         if state is None or observed.stored_mean is None or observed.count <= 1:
             continue
         variance = observed.stored_variance
-        if variance is None or not np.isfinite(observed.stored_mean).all() or not (variance >= 0).all():
+        if variance is None or not np.isfinite([observed.stored_mean, variance]).all() or (variance < 0).any():
             continue
         fresh = not observed.stored_mean.any() and bool((variance == 1).all())
         if not fresh and observed.layer not in dropped:

@@ -16,8 +16,8 @@ RECALIBRATE = "measure them anew: recalibrate(model, data)"
 # the largest numbers of dtypes that statistics should not be kept in
 _LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38}
 # share of the initial values up to which a running mean of zero may be theirs; what float32 leaves of a constant's variance,
-# beside its mean's square; and what one update rounds off
-DEAD, ROUNDED, ROUNDING = 1e-2, 1e-6, 1e-7
+# beside its mean's square; what one update rounds off; and what float32 can't tell from zero
+DEAD, ROUNDED, ROUNDING, NOTHING = 1e-2, 1e-6, 1e-7, 1e-37
 # layers that a group must have before one of them is the odd one out, and the share of the others that must agree
 GROUP, SAME = 3, 0.9
 
@@ -151,9 +151,15 @@ def _lost(state: NormState, usual: float, message: str) -> Finding:
 
 
 def _mates(state: NormState, kept: list[NormState]) -> list[NormState]:
-    """Return the other layers of the same part of the model; all others, for a layer that is a part itself."""
+    """Return the other layers of the same part of the model; all others, for a layer that is a part itself.
+
+    A small part is held against those before and behind it; not at the end, where heads come with an ε of their own.
+    """
     part, dot, _ = state.name.partition(".")
     same = [other for other in kept if other.name.startswith(f"{part}.")] if dot else kept
+    if len(same) < GROUP and state is not kept[-1]:
+        number = kept.index(state)
+        same = kept[max(0, number - GROUP) : number + GROUP + 1]
     return [other for other in same if other is not state]
 
 
@@ -192,7 +198,9 @@ def _stored_dead(state: NormState) -> np.ndarray:
         share = 0.0
     # not beside ε: a channel of small values is not dead
     rounded = 0.0 if state.mean is None else np.minimum(ROUNDED * state.mean**2, DEAD * state.eps)
-    dead: np.ndarray = np.abs(state.variance - share) <= rounded + ROUNDING * share * (1 + (state.updates or 0))
+    left = rounded + NOTHING + ROUNDING * share * (1 + (state.updates or 0))
+    # statistics may have been measured anew, and hold nothing of their initial values
+    dead: np.ndarray = (np.abs(state.variance - share) <= left) | (np.abs(state.variance) <= rounded + NOTHING)
     return dead
 
 

@@ -45,46 +45,59 @@ def rehearse(model: nn.Module, example: Any) -> Rehearsal:
         OptionError: it fails on the example.
     """
     problem: Exception | None = None
+    found: Rehearsal | None = None
     for keep_hooks in (False, True):
         # gradients are the copy's own, values the model's
         twin = structural_copy(model, lambda t: t.detach() if isinstance(t, nn.Parameter) else own_buffers(t))
-        if not keep_hooks:
-            _strip_hooks(twin)
+        stripped = not keep_hooks and _strip_hooks(twin)
         if not model.training:
             twin.train()
         try:
             with kept_generators(), silent():
-                return _rehearse(twin, copied(example))
+                found, whole = _rehearse(twin, copied(example))
+            if whole or not stripped:
+                return found
         except Exception as error:
             problem = problem or error
+    if found is not None:
+        return found
     raise OptionError(
         f"the model must run on the example in training, but it failed: {type(problem).__name__}: {problem}"
     ) from problem
 
 
-def _strip_hooks(model: nn.Module) -> None:
+def _strip_hooks(model: nn.Module) -> bool:
+    """Take off hooks, which may do anything; return whether there were some."""
+    found = False
     for module in model.modules():
         if not isinstance(module, torch.jit.ScriptModule):
+            found = found or bool(module._forward_hooks or module._forward_pre_hooks)
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
+    return found
 
 
-def _rehearse(twin: nn.Module, example: Any) -> Rehearsal:
+def _rehearse(twin: nn.Module, example: Any) -> tuple[Rehearsal, bool]:
+    """Return what was seen, and whether the outputs hang on all layers: hooks may be what collects outputs."""
     layers = statistics_modules(twin)
     watch = _Watch()
     with torch.enable_grad(), _noting_hooks() as hooks, watch.layers(layers), watch:
         result = call(twin, example)
     before = {name: _copies(module) for name, module in layers}
     ends = [t for t in tensors_of(result) if t.requires_grad and t.is_floating_point()]
-    if ends and (hooks or _has_functions_of_python(ends)):
+    passed = _passed(ends)
+    learned = {id(p) for name, module in layers if watch.calls[name] for p in module.parameters() if p.requires_grad}
+    whole = learned <= {id(getattr(node, "variable", None)) for node in passed}
+    if ends and (hooks or any(isinstance(node, BackwardCFunction) for node in passed)):
+        # functions of Python, or who changes what is saved for the backward pass: the two ways to run modules again in there
         torch.autograd.backward(ends, [torch.randn_like(t) for t in ends])
     twice = tuple(name for name, module in layers if not _equal(before[name], _copies(module)))
-    return Rehearsal(twice, watch.dropout, dict(watch.calls))
+    return Rehearsal(twice, watch.dropout, dict(watch.calls)), whole
 
 
 @contextmanager
 def _noting_hooks() -> Iterator[list[Any]]:
-    """Note who changes what is saved for the backward pass: one of two ways to run modules again in there."""
+    """Note who changes what is saved for the backward pass."""
     seen: list[Any] = []
     original = saved_tensors_hooks.__enter__
 
@@ -99,19 +112,16 @@ def _noting_hooks() -> Iterator[list[Any]]:
         saved_tensors_hooks.__enter__ = original  # type: ignore[method-assign]
 
 
-def _has_functions_of_python(ends: list[Tensor]) -> bool:
-    """Whether a gradient passes a function that is written in Python: the other way."""
+def _passed(ends: list[Tensor]) -> set[Any]:
+    """Return everything that a gradient passes on its way back from some tensors."""
     seen: set[Any] = set()
     waiting: list[Any] = [t.grad_fn for t in ends]
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        if isinstance(node, BackwardCFunction):
-            return True
-        seen.add(node)
-        waiting += [following for following, _ in node.next_functions]
-    return False
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return seen
 
 
 def _copies(module: nn.Module) -> list[Tensor]:
