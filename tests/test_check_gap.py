@@ -1,10 +1,12 @@
 """A gap between training and evaluation is explained: the first finding names the cause."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 import batchnorm as bn
-from batchnorm.bench.gaps import CAUSES, digits, healthy_network
+from batchnorm.bench.gaps import CAUSES, digits, fit, healthy_network
 from check_fixtures import images, net
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,3 +74,34 @@ def test_the_initial_values_are_found_where_nobody_counts():
     finding = bn.check(model, data=x, select="BN103")[0]
     assert "too few updates" in finding.message
     assert "70%" in finding.message
+
+
+def repeated(rate: float) -> torch.nn.Module:
+    """Return a network with dropout between all layers, as many have it, trained in its own way."""
+    torch.manual_seed(0)
+    x, y = digits()
+    widths = [64, 48, 48, 48]
+    blocks = [
+        torch.nn.Sequential(
+            torch.nn.Linear(a, b, bias=False), torch.nn.BatchNorm1d(b), torch.nn.ReLU(), torch.nn.Dropout(rate)
+        )
+        for a, b in pairwise(widths)
+    ]
+    return fit(torch.nn.Sequential(torch.nn.Flatten(), *blocks, torch.nn.Linear(48, 10)), x, y, 0, steps=200)
+
+
+def test_dropout_further_before_a_norm_is_a_finding_where_the_data_shows_it():
+    x, _ = digits()
+    strong = bn.check(repeated(0.7), data=list(x[:1024].split(128)))
+    assert {(f.code, f.layer) for f in strong} >= {("BN203", "2.1"), ("BN203", "3.1")}
+    assert strong[0].code == "BN203"
+    assert not list(bn.check(repeated(0.1), data=list(x[:1024].split(128))))
+
+
+@pytest.mark.parametrize("factor", [25.0, 0.04])
+def test_a_layer_behind_dropout_that_was_changed_is_not_blamed_on_dropout(factor):
+    x, _ = digits()
+    model = repeated(0.1)
+    model[2][1].running_var.mul_(factor)
+    report = bn.check(model, data=list(x[:1024].split(128)))
+    assert [(f.code, f.layer) for f in report] == [("BN103", "2.1")], str(report)

@@ -76,11 +76,13 @@ class Rehearsal:
         twice: layers whose running statistics moved once more in the backward pass.
         dropout: for layers that dropout reaches: its rate, and whether it stands directly before them.
         calls: how often each layer was called.
+        variances: ``(C,)`` of what reached the layers that dropout reaches, while it dropped; where that was measured.
     """
 
     twice: tuple[str, ...] = ()
     dropout: dict[str, tuple[float, bool]] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
+    variances: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,14 +8,14 @@ import numpy as np
 from batchnorm.check.report import ERROR, Finding
 from batchnorm.check.rules import rule
 from batchnorm.check.statistics import RECALIBRATE
-from batchnorm.check.subject import MissingError, Subject
+from batchnorm.check.subject import Subject
+from batchnorm.check.training import is_dropouts_work
+from batchnorm.check.wrong import WRONG, output_error
 from batchnorm.observed import Observed
 from batchnorm.states import NormState
 
-__all__ = ["output_error"]
+__all__: list[str] = []
 
-# mean squared error of normalized outputs from which on statistics are wrong; networks that are well measured 0.003 at most
-WRONG = 0.02
 # the share of initial values that explains an error, and the decay beyond which momentum is to blame for it
 INITIAL, SLOW = 0.05, {"torch": 0.99, "keras": 0.999, "onnx": 0.999}
 # share of the variance between batches that is no chance, beyond what their size explains
@@ -34,22 +34,6 @@ class _Gap:
     cause: str = ""
     cure: str = ""
     root: bool = True
-
-
-def output_error(observed: Observed) -> np.ndarray:
-    """Return for each channel the mean squared error of normalized outputs, in units of γ².
-
-    ``(M - m)² / (v + ε) + (√(V / (v + ε)) - √(V / (V + ε)))²`` with the mean M and the variance V of the data, and the stored m
-    and v: how far ``(x - m) / √(v + ε)`` is from ``(x - M) / √(V + ε)``.
-    """
-    assert observed.stored_mean is not None  # noqa: S101
-    assert observed.stored_variance is not None  # noqa: S101
-    mean, variance, wide = observed.mean, observed.variance, observed.stored_variance + observed.eps
-    with np.errstate(all="ignore"):
-        shift = (mean - observed.stored_mean) ** 2 / wide
-        scale = np.sqrt(variance / wide) - np.sqrt(variance / (variance + observed.eps))
-    error = shift + scale**2
-    return np.where(np.isfinite(error), error, np.inf)
 
 
 @rule("BN103", "running statistics far from the data's", "data")
@@ -75,7 +59,6 @@ def far_from_data(subject: Subject) -> Iterator[Finding]:
 
 def _gaps(subject: Subject) -> Iterator[_Gap]:
     """Yield the layers that hold statistics of their own, and are not explained by other rules."""
-    dropped = _dropped(subject)
     for observed in subject.observation.layers:
         state = subject.by_name.get(observed.layer)
         if state is None or observed.stored_mean is None or observed.count <= 1:
@@ -84,7 +67,7 @@ def _gaps(subject: Subject) -> Iterator[_Gap]:
         if variance is None or not np.isfinite([observed.stored_mean, variance]).all() or (variance < 0).any():
             continue
         fresh = not observed.stored_mean.any() and bool((variance == 1).all())
-        if not fresh and observed.layer not in dropped:
+        if not fresh and not is_dropouts_work(subject, observed.layer):
             yield _Gap(observed, state, float(np.mean(output_error(observed))))
 
 
@@ -103,13 +86,6 @@ def _differ(subject: Subject) -> bool:
     """Whether more of the variance lies between the batches of the data than chance puts there."""
     found = subject.observation
     return max(one.between for one in found) > 2 * found.batches / max(1, found.samples) + DIFFERENCE
-
-
-def _dropped(subject: Subject) -> set[str]:
-    try:
-        return set(subject.rehearsal.dropout)
-    except MissingError:
-        return set()
 
 
 def _compared(observed: Observed) -> str:

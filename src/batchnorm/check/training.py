@@ -3,10 +3,14 @@
 from collections.abc import Iterator
 from math import sqrt
 
+import numpy as np
+
 from batchnorm.check.report import ERROR, WARNING, Finding
 from batchnorm.check.rules import rule
 from batchnorm.check.subject import MissingError, Subject
+from batchnorm.check.wrong import WRONG, output_error
 from batchnorm.graph import Activation, Add, Concat, Linear, Node, Normalize
+from batchnorm.observed import Observed
 
 __all__: list[str] = []
 
@@ -14,6 +18,9 @@ __all__: list[str] = []
 VALUES, SAMPLES = 16, 8
 # norms with activations in a row that are too many, and by what each multiplies the gradient's square at initialization
 DEEP, GROWTH = 30, 1.47
+# squared move of the mean that dropout can't cause, and how far (in logarithms) the variance while it drops may be from the
+# stored one
+MOVED, ALIKE = 0.05, 0.4
 # forwards to an optimizer's step that are more than one
 SEVERAL = 1.5
 NOT_TRAINED = "needs a model that is trained (training=True, an optimizer, or a model in training mode)"
@@ -99,7 +106,7 @@ def dropout_before(subject: Subject) -> Iterator[Finding]:
         state, ratio = subject.by_name.get(name), _narrower(subject, name)
         if state is None or not state.moves or rate <= 0:
             continue
-        shifted = ratio is not None and ratio < 1 - rate / 4
+        shifted = is_dropouts_work(subject, name)
         if not direct and not shifted:
             continue
         where = "directly before it" if direct else "before it, with nothing that would normalize in between"
@@ -116,16 +123,46 @@ def dropout_before(subject: Subject) -> Iterator[Finding]:
         )
 
 
+def is_dropouts_work(subject: Subject, name: str) -> bool:
+    """Whether the data shows that dropout has widened the statistics of a layer: the variance, and not the mean.
+
+    Where the variance was measured while dropout dropped, it must be the stored one.
+    """
+    try:
+        found, observed = subject.rehearsal, _observed(subject, name)
+    except MissingError:
+        return False
+    if observed is None or name not in found.dropout:
+        return False
+    assert observed.stored_mean is not None  # noqa: S101
+    assert observed.stored_variance is not None  # noqa: S101
+    rate, direct = found.dropout[name]
+    wide = observed.stored_variance + observed.eps
+    ratio, moved = _narrower(subject, name), float(np.mean((observed.mean - observed.stored_mean) ** 2 / wide))
+    # directly before it, less is enough
+    clear = direct or float(np.mean(output_error(observed))) > WRONG
+    if ratio is None or ratio >= (1 - rate / 4 if direct else 1.0) or moved > MOVED or not clear:
+        return False
+    dropped = found.variances.get(name)
+    return dropped is None or abs(float(np.median(np.log(wide / (dropped + observed.eps))))) < ALIKE
+
+
 def _narrower(subject: Subject, name: str) -> float | None:
     """Return the variance of the data, without dropout, as a share of the stored one; ``None`` without data."""
-    try:
-        observed = {layer.layer: layer for layer in subject.observation.layers}.get(name)
-    except MissingError:
-        return None
+    observed = _observed(subject, name)
     if observed is None or observed.stored_variance is None:
         return None
     total = float((observed.stored_variance + observed.eps).sum())
     return float((observed.variance + observed.eps).sum()) / total
+
+
+def _observed(subject: Subject, name: str) -> Observed | None:
+    """Return what the data has shown of a layer that keeps statistics; ``None`` without data."""
+    try:
+        found = next((layer for layer in subject.observation.layers if layer.layer == name), None)
+    except MissingError:
+        return None
+    return found if found is not None and found.stored_variance is not None else None
 
 
 @rule("BN204", "gradient accumulation smaller than the batch", "the optimizer, one that counts its steps")

@@ -19,6 +19,7 @@ from batchnorm.states import Rehearsal
 from batchnorm.torch.evaluation import call, copied, kept_generators, silent, tensors_of
 from batchnorm.torch.graphs import own_buffers, structural_copy
 from batchnorm.torch.statistics import statistics_modules
+from batchnorm.torch.sums import moments_of
 
 __all__ = ["rehearse"]
 
@@ -92,7 +93,7 @@ def _rehearse(twin: nn.Module, example: Any) -> tuple[Rehearsal, bool]:
         # functions of Python, or who changes what is saved for the backward pass: the two ways to run modules again in there
         torch.autograd.backward(ends, [torch.randn_like(t) for t in ends])
     twice = tuple(name for name, module in layers if not _equal(before[name], _copies(module)))
-    return Rehearsal(twice, watch.dropout, dict(watch.calls)), whole
+    return Rehearsal(twice, watch.dropout, dict(watch.calls), watch.variances), whole
 
 
 @contextmanager
@@ -141,6 +142,7 @@ class _Watch(TorchFunctionMode):
         self.touched: Any = WeakTensorKeyDictionary()
         self.dropout: dict[str, tuple[float, bool]] = {}
         self.calls: Counter[str] = Counter()
+        self.variances: dict[str, Any] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -164,6 +166,9 @@ class _Watch(TorchFunctionMode):
             found = [self.touched[t] for t in _tensors((args, kwargs)) if t in self.touched]
             if found and name not in self.dropout:
                 self.dropout[name] = found[0]
+                x = next((t for t in _tensors((args, kwargs)) if t.ndim > 1), None)
+                if x is not None:
+                    self.variances[name] = moments_of(x).variance
 
         def after(result: Any) -> None:
             for tensor in _tensors(result):
