@@ -20,6 +20,8 @@ WRONG = 0.02
 INITIAL, SLOW = 0.05, {"torch": 0.99, "keras": 0.999, "onnx": 0.999}
 # share of the variance between batches that is no chance, beyond what their size explains
 DIFFERENCE = 0.03
+# how far dropout may widen a variance beyond 1/(1 - rate), where means are large; and how far noise may narrow it
+WIDENED, WIDER = 4.0, 1.25
 # how much worse the first layer is than those behind it, where the data is another one
 AT_THE_DOOR = 5.0
 
@@ -84,7 +86,7 @@ def _gaps(subject: Subject) -> Iterator[_Gap]:
         if variance is None or not np.isfinite([observed.stored_mean, variance]).all() or (variance < 0).any():
             continue
         fresh = not observed.stored_mean.any() and bool((variance == 1).all())
-        if not fresh and observed.layer not in dropped:
+        if not fresh and not _by_dropout(observed, dropped.get(observed.layer, 0.0)):
             yield _Gap(observed, state, float(np.mean(output_error(observed))))
 
 
@@ -105,11 +107,24 @@ def _differ(subject: Subject) -> bool:
     return max(one.between for one in found) > 2 * found.batches / max(1, found.samples) + DIFFERENCE
 
 
-def _dropped(subject: Subject) -> set[str]:
+def _dropped(subject: Subject) -> dict[str, float]:
+    """Return the rate of dropout before each layer that it reaches."""
     try:
-        return set(subject.rehearsal.dropout)
+        return {name: rate for name, (rate, _) in subject.rehearsal.dropout.items()}
     except MissingError:
-        return set()
+        return {}
+
+
+def _by_dropout(observed: Observed, rate: float) -> bool:
+    """Whether dropout explains what is off: it widens what training sees, and leaves the mean where it was."""
+    if not rate:
+        return False
+    assert observed.stored_mean is not None  # noqa: S101
+    assert observed.stored_variance is not None  # noqa: S101
+    wide = observed.stored_variance + observed.eps
+    ratio = float(np.median((observed.variance + observed.eps) / wide))
+    shift = float(np.mean((observed.mean - observed.stored_mean) ** 2 / wide))
+    return (1 - rate) / WIDENED <= ratio <= WIDER and shift <= 2 * WRONG
 
 
 def _compared(observed: Observed) -> str:
