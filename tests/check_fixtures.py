@@ -100,6 +100,17 @@ def other_data(sick: bool) -> Case:
     return Case(net(), "1", {"data": [255 * x if sick else x for x in images(64).split(16)]})
 
 
+@pair("BN103")
+def scaled_behind_dropout(sick: bool) -> Case:
+    # what dropout has widened is another rule's
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.Dropout(0.3), nn.BatchNorm2d(8), nn.ReLU())
+    train(model, images(64))
+    if sick:
+        model[2].running_var.mul_(20)
+    return Case(model, "2", {"data": list(images(64).split(16))})
+
+
 @pair("BN104")
 def thawed(sick: bool) -> Case:
     model = net()

@@ -21,6 +21,8 @@ DEEP, GROWTH = 30, 1.47
 # squared move of the mean that dropout can't cause, and how far (in logarithms) the variance while it drops may be from the
 # stored one
 MOVED, ALIKE = 0.05, 0.4
+# how far dropout may widen a variance beyond 1/(1 - rate), where means are large
+WIDENED = 4.0
 # forwards to an optimizer's step that are more than one
 SEVERAL = 1.5
 NOT_TRAINED = "needs a model that is trained (training=True, an optimizer, or a model in training mode)"
@@ -144,7 +146,9 @@ def is_dropouts_work(subject: Subject, name: str) -> bool:
     if ratio is None or ratio >= (1 - rate / 4 if direct else 1.0) or moved > MOVED or not clear:
         return False
     dropped = found.variances.get(name)
-    return dropped is None or abs(float(np.median(np.log(wide / (dropped + observed.eps))))) < ALIKE
+    if dropped is None:
+        return ratio >= (1 - rate) / WIDENED
+    return abs(float(np.median(np.log(wide / (dropped + observed.eps))))) < ALIKE
 
 
 def _narrower(subject: Subject, name: str) -> float | None:
