@@ -10,7 +10,7 @@ from batchnorm.check.rules import rule
 from batchnorm.check.statistics import RECALIBRATE
 from batchnorm.check.subject import Subject
 from batchnorm.check.training import is_dropouts_work
-from batchnorm.check.wrong import WRONG, output_error
+from batchnorm.check.wrong import CHANCE, WRONG, output_error
 from batchnorm.observed import Observed
 from batchnorm.states import NormState
 
@@ -40,7 +40,8 @@ class _Gap:
 def far_from_data(subject: Subject) -> Iterator[Finding]:
     """Each layer is held against the data alone, those before it normalizing as in training: so the layer at fault shows."""
     gaps = list(_gaps(subject))
-    wrong = _confirmed([gap for gap in gaps if gap.error > WRONG], subject)
+    allowed = WRONG + CHANCE / max(1, subject.observation.samples)
+    wrong = _confirmed([gap for gap in gaps if gap.error > allowed], subject)
     for gap in wrong:
         _explain_by_counting(gap, subject)
     _explain_together(gaps, [gap for gap in wrong if not gap.cause], subject)

@@ -4,10 +4,12 @@ import numpy as np
 
 from batchnorm.observed import Observed
 
-__all__ = ["WRONG", "output_error"]
+__all__ = ["CHANCE", "WRONG", "output_error"]
 
 # mean squared error of normalized outputs from which on statistics are wrong; networks that are well measured 0.003 at most
 WRONG = 0.02
+# by how much more, for a single sample: a mean of few samples is off by chance
+CHANCE = 2.0
 
 
 def output_error(observed: Observed) -> np.ndarray:
