@@ -164,3 +164,10 @@ def test_findings_are_sorted_and_told_together():
     assert "1, 4, 7" in str(report)
     assert len(report) == 4
     assert report[0].layer == "4"
+
+
+def test_a_model_without_normalization_has_nothing_wrong_with_it():
+    report = bn.check(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), images(4), data=[images(4)])
+    assert not list(report)
+    assert not report.problems
+    assert report.layers == ()

@@ -6,7 +6,7 @@ from itertools import chain
 from typing import Any
 
 from batchnorm.check.pieces import MissingError, piece
-from batchnorm.errors import BatchNormError, DataError
+from batchnorm.errors import BatchNormError, DataError, OptionError
 from batchnorm.graph import Graph, Node, Norm, Normalize
 from batchnorm.models import framework_of, processes
 from batchnorm.observe import Observation, observe
@@ -140,7 +140,12 @@ class Subject:
     @piece("data")
     def observation(self) -> Observation:
         """What the data has shown, each layer alone: those before it normalize as in training."""
-        return observe(self.view.model, self._batches, **self.options)
+        try:
+            return observe(self.view.model, self._batches, **self.options)
+        except OptionError as error:
+            if self.states:
+                raise
+            raise MissingError("needs a model with batch normalization") from error
 
     @cached_property
     def evaluation(self) -> Observation | None:
