@@ -375,6 +375,15 @@ def small_values(sick: bool) -> Case:
     return Case(train(nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 2)), x, 300), "0")
 
 
+@pair("BN205")
+def dead_channel_that_is_off(sick: bool) -> Case:
+    # what γ = 0 multiplies is not amplified
+    case = dead_channel(True)
+    if not sick:
+        torch.nn.init.zeros_(case.model[0].weight[2:3])
+    return case
+
+
 @pair("BN206")
 def deep(sick: bool) -> Case:
     blocks = [nn.Sequential(nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU()) for _ in range(40)]
