@@ -31,7 +31,7 @@ def test_what_is_mended_is_no_longer_found(code):
 
 @pytest.mark.parametrize("code", LEFT)
 def test_what_needs_a_decision_is_left(code):
-    for case in sick(code):
+    for case in [case for case in sick(code) if "data" not in case.given]:
         before = values_of(case.model)
         mended = bn.check(case.model, select=code, **case.given).fix()
         assert not mended.done

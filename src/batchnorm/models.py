@@ -12,7 +12,7 @@ from batchnorm.errors import OptionError
 from batchnorm.protocol import Model
 from batchnorm.rooms import require
 
-__all__ = ["adapt", "check_ending", "framework_of", "gather", "joined", "load", "processes", "save"]
+__all__ = ["adapt", "check_ending", "framework_of", "gather", "joined", "load", "processes", "save", "unwrapped"]
 
 # framework, class that its models have, the view of them; a Keras model on torch is a torch module too, and comes first
 _WINGS = (
@@ -92,6 +92,13 @@ def adapt(model: Any) -> Model:
         "a model must be a torch.nn.Module, a torch.export.ExportedProgram, a keras.Model, an onnx.ModelProto or a file, "
         f"got {type(model).__module__}.{type(model).__name__}"
     )
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the model inside of wrappers that compile it, or spread it over devices and processes."""
+    if not _is(model, "torch", "nn.Module"):
+        return model
+    return import_module("batchnorm.torch.statistics").unwrapped(model)
 
 
 def gather(part: Any) -> list[Any]:

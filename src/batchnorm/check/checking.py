@@ -10,7 +10,7 @@ from batchnorm.check.report import Finding, NotRun, Report, order
 from batchnorm.check.rules import RULES, Rule
 from batchnorm.check.subject import MissingError, Subject
 from batchnorm.errors import OptionError
-from batchnorm.models import adapt
+from batchnorm.models import adapt, unwrapped
 
 __all__ = ["check"]
 
@@ -73,7 +73,7 @@ def check(
     chosen = _chosen(_words(select), _words(ignore))
     given = {"example": example, "data": data, "optimizer": optimizer, "loader": loader, "training": training}
     reading = {"forward": forward, "batches": batches, "samples": samples, "device": device, "progress": progress}
-    subject = Subject(adapt(model), **given, **reading)
+    subject = Subject(adapt(unwrapped(model)), **given, **reading)
     findings: list[Finding] = []
     not_run: list[NotRun] = []
     for rule in chosen:

@@ -88,7 +88,7 @@ class _Planner:
         self.graph = graph
         self.closed = closed
         self.result = Plan()
-        self.mover = Mover(self._take, self._is_gone)
+        self.mover = Mover(self._take, self._is_gone, drops=graph.training)
         self.calls: dict[Any, list[Node]] = {**graph.norms(), **graph.weights()}
 
     def plan(self) -> Plan:

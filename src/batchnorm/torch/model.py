@@ -55,7 +55,7 @@ class TorchModel:
             raise OptionError(
                 "the model and its example must hold values, some of their tensors are on the meta device"
             )
-        self._ready = prepare(unwrapped(self.model), self._cast(example))
+        self._ready = prepare(self.model, self._cast(example))
         if self._ready.outputs is not None and not any(module.training for module in self.model.modules()):
             arrays = [_array(tensor) for tensor in self._ready.outputs]
             self._last = (example, arrays) if _are_finite(arrays) else None

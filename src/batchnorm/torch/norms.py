@@ -106,7 +106,7 @@ class Norms:
         }
         if call.node is not None and (len(several) > 1 or not call.module):
             return ".".join(part for part in call.node if part)
-        return call.module or type(self.scene.model).__name__
+        return call.module or "batch_norm"
 
     def _order(self, call: Call) -> int:
         """Return which normalization of its module's visit a call is."""

@@ -83,7 +83,12 @@ class _Artist:
     def _is_dropout(self, call: Call) -> bool:
         """Whether a call is inside of a dropout layer in training, which is several operations."""
         module, outputs = self.scene.modules.get(call.module), self.scene.recording.visits[call.visit].outputs
-        return isinstance(module, nn.modules.dropout._DropoutNd) and is_stock(module) and len(outputs) == 1
+        return (
+            self.graph.training
+            and isinstance(module, nn.modules.dropout._DropoutNd)
+            and is_stock(module)
+            and len(outputs) == 1
+        )
 
     def _dropout(self, call: Call) -> tuple[Identity, list[Slot]]:
         layer: Any = self.scene.modules[call.module]
