@@ -138,6 +138,8 @@ def settle(model: nn.Module, batches: list[Any], passes: int = PASSES) -> None:
     norms: list[Any] = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     own = [(norm, norm.momentum) for norm in norms]
     modes = [(module, module.training) for module in model.modules()]
+    # before the others: what they put out reaches those
+    _fill_frozen(model, batches)
     model.train()
     try:
         with torch.no_grad():
@@ -148,7 +150,6 @@ def settle(model: nn.Module, batches: list[Any], passes: int = PASSES) -> None:
     finally:
         for module, training in modes:
             module.training = training
-    _fill_frozen(model, batches)
     for norm, momentum in own:
         norm.momentum = momentum
         if norm.num_batches_tracked is not None:
