@@ -122,6 +122,22 @@ def thawed(sick: bool) -> Case:
     return Case(model.train(), "1")
 
 
+@pair("BN104")
+def thawed_in_evaluation(sick: bool) -> Case:
+    # where nothing learns, nothing will be trained
+    model = net()
+    model.requires_grad_(False)
+    model[-1].requires_grad_(sick)
+    return Case(model, "1")
+
+
+@pair("BN104")
+def thawed_without_statistics(sick: bool) -> Case:
+    model = net(**({} if sick else {"track_running_stats": False}))
+    model[1].requires_grad_(False)
+    return Case(model.train(), "1")
+
+
 class Siamese(nn.Module):
     def __init__(self, scale: float) -> None:
         super().__init__()
@@ -233,6 +249,15 @@ def hard_wired(sick: bool) -> Case:
     return Case(HardWired(sick).eval(), "norm", {"example": images(4)})
 
 
+@pair("BN108")
+def always_by_the_batch(sick: bool) -> Case:
+    # a layer that keeps no statistics has no other way
+    model = net(**({} if sick else {"track_running_stats": False}))
+    if sick:
+        model[1].train()
+    return Case(model, "1", {"example": images(4)})
+
+
 @pair("BN109")
 def half(sick: bool) -> Case:
     model = net()
@@ -299,6 +324,32 @@ def dark_edges(sick: bool) -> Case:
     else:
         x[:, :, :2] = x[:, :, -2:] = 0
         x[:, :, :, :2] = x[:, :, :, -2:] = 0
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+    return Case(train(model, x), "1", {"data": list(x.split(16))})
+
+
+@pair("BN112")
+def margins(sick: bool) -> Case:
+    # margins of any width on both sides are how a picture is framed
+    x = images(64)
+    for number, image in enumerate(x):
+        image[:, :, 3 + number % 5 :] = 0
+        if not sick:
+            image[:, :, : number % 5] = 0
+            image[:] = image if number % 2 else image.flip(-2)
+    return _padded_images(x)
+
+
+@pair("BN112")
+def same_edge(sick: bool) -> Case:
+    # an edge that is the same in all pictures does not fill them up
+    x = images(64)
+    for number, image in enumerate(x):
+        image[:, :, 3 + (number % 5 if sick else 0) :] = 0
+    return _padded_images(x)
+
+
+def _padded_images(x: Tensor) -> Case:
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
     return Case(train(model, x), "1", {"data": list(x.split(16))})
 
@@ -391,6 +442,13 @@ def deep(sick: bool) -> Case:
     return Case(model, "39.1" if sick else "", {"example": torch.randn(32, 8)})
 
 
+@pair("BN206")
+def deep_and_linear(sick: bool) -> Case:
+    active = [nn.ReLU()] if sick else []
+    blocks = [nn.Sequential(nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8), *active) for _ in range(40)]
+    return Case(nn.Sequential(*blocks), "39.1", {"example": torch.randn(32, 8)})
+
+
 class Residual(nn.Module):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -417,6 +475,13 @@ def redundant_bias(sick: bool) -> Case:
 def foldable(sick: bool) -> Case:
     model = net()
     return Case(model.train(not sick), "1", {"example": images(16)})
+
+
+@pair("BN302")
+def still_trained(sick: bool) -> Case:
+    model = net()
+    given = {} if sick else {"optimizer": torch.optim.SGD(model.parameters(), 0.1)}
+    return Case(model, "1", {"example": images(16), **given})
 
 
 @pair("BN303")

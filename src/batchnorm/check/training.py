@@ -9,7 +9,7 @@ from batchnorm.check.report import ERROR, WARNING, Finding
 from batchnorm.check.rules import rule
 from batchnorm.check.subject import MissingError, Subject
 from batchnorm.check.wrong import WRONG, output_error
-from batchnorm.graph import Activation, Add, Concat, Linear, Node, Normalize
+from batchnorm.graph import Activation, Node, Normalize
 from batchnorm.observed import Observed
 
 __all__: list[str] = []
@@ -230,14 +230,13 @@ def _longest(subject: Subject) -> tuple[Node | None, int]:
     for node in subject.graph.nodes:
         depth, active = max((behind.get(id(value), (0, False)) for value in node.inputs), default=(0, False))
         operation = node.operation
-        if isinstance(operation, Add | Concat) and len({id(value) for value in node.inputs}) > 1:
-            depth, active = 0, False
-        elif isinstance(operation, Activation):
+        if isinstance(operation, Activation):
             active = True
         elif isinstance(operation, Normalize):
             depth, active = (depth + 1 if active or depth == 0 else depth), False
             best = max(best, (node, depth), key=lambda found: found[1])
-        elif not isinstance(operation, Linear) and len(node.inputs) > 1:
+        elif len({id(value) for value in node.inputs}) > 1:
+            # a sum, a concatenation: something leads around
             depth, active = 0, False
         for value in node.outputs:
             behind[id(value)] = depth, active
