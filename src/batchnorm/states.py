@@ -54,6 +54,12 @@ class NormState:
     shared: tuple[str, ...] = ()
 
     @property
+    def is_initial(self) -> bool:
+        """Whether the running mean is 0 and the running variance 1 in all channels, as a layer starts."""
+        mean, variance = self.mean, self.variance
+        return mean is not None and variance is not None and not mean.any() and bool((variance == 1).all())
+
+    @property
     def initial_share(self) -> float | None:
         """How much the initial values still weigh in the running statistics, 0 to 1; ``None`` where nobody knows.
 

@@ -89,7 +89,7 @@ class _Work:
 
     def _said(self, what: str, mends: dict[str, Mend]) -> str:
         decays = [mend.decay for mend in mends.values() if mend.decay is not None]
-        own = [1 - decay if self.subject.framework == "torch" else decay for decay in decays]
+        own = [self.subject.momentum(decay) for decay in decays]
         return what.format(momentum=own[0] if own else 0.0)
 
     def measure(self) -> None:

@@ -67,8 +67,7 @@ def _gaps(subject: Subject) -> Iterator[_Gap]:
         variance = observed.stored_variance
         if variance is None or not np.isfinite([observed.stored_mean, variance]).all() or (variance < 0).any():
             continue
-        fresh = not observed.stored_mean.any() and bool((variance == 1).all())
-        if not fresh and not is_dropouts_work(subject, observed.layer):
+        if not state.is_initial and not is_dropouts_work(subject, observed.layer):
             yield _Gap(observed, state, float(np.mean(output_error(observed))))
 
 
@@ -127,7 +126,7 @@ def _explain_by_counting(gap: _Gap, subject: Subject) -> None:
     decay, updates = gap.state.decay, gap.state.updates
     slow = decay is not None and decay > SLOW[subject.framework]
     counted = "" if updates is None else f" after {updates:,} batches"
-    own = "" if decay is None else f"{1 - decay if subject.framework == 'torch' else decay:.4g}"
+    own = "" if decay is None else f"{subject.momentum(decay):.4g}"
     if slow:
         gap.cause = f"momentum = {own} is too slow,{counted} its initial values still weigh {share:.0%}"
         gap.cure = f"A usual momentum, or {RECALIBRATE}."

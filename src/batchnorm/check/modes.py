@@ -62,10 +62,7 @@ def several_streams(subject: Subject) -> Iterator[Finding]:
 
 def _apart(subject: Subject, name: str) -> float | None:
     """Return how far the inputs of two calls of a layer are apart; ``None`` without data."""
-    try:
-        observed = {layer.layer: layer for layer in subject.observation.layers}.get(name)
-    except MissingError:
-        return None
+    observed = subject.observed(name)
     if observed is None or len(observed.calls) < 2:
         return None
     calls = [call for call in observed.calls if call.count > 1]
@@ -150,7 +147,7 @@ def swapped_momentum(subject: Subject) -> Iterator[Finding]:
     for state in subject.states:
         if state.decay is None or state.decay >= 0.5 or not state.moves:
             continue
-        own, other = (1 - state.decay, state.decay) if subject.framework == "torch" else (state.decay, 1 - state.decay)
+        own, other = subject.momentum(state.decay), subject.momentum(1 - state.decay)
         means = "of the new batch" if subject.framework == "torch" else "of the past"
         yield Finding(
             "BN110",

@@ -26,7 +26,7 @@ GROUP, SAME = 3, 0.9
 def never_updated(subject: Subject) -> Iterator[Finding]:
     """Running mean 0 and variance 1 in every channel are what a layer starts with."""
     kept = [state for state in subject.states if state.mean is not None]
-    fresh = [state for state in kept if _is_initial(state)]
+    fresh = [state for state in kept if state.is_initial]
     if len(fresh) == len(kept) and subject.trains:
         # a new model that is about to be trained
         return
@@ -53,11 +53,6 @@ def _reached(subject: Subject) -> set[str] | None:
         return set(subject.rehearsal.calls)
     except MissingError:
         return None
-
-
-def _is_initial(state: NormState) -> bool:
-    mean, variance = state.mean, state.variance
-    return mean is not None and variance is not None and not mean.any() and bool((variance == 1).all())
 
 
 @rule("BN102", "non-finite or negative running statistics")
@@ -97,7 +92,8 @@ def half_precision(subject: Subject) -> Iterator[Finding]:
         if state.variance is None or state.dtype not in _LARGEST:
             continue
         largest = float(np.max(state.variance, initial=0.0))
-        seen = _largest_seen(subject, state.name)
+        observed = subject.observed(state.name)
+        seen = 0.0 if observed is None else float(np.max(observed.variance, initial=0.0))
         beyond = max(largest, seen) > _LARGEST[state.dtype] / 2
         size = f", and a variance of {max(largest, seen):.3g} is (nearly) beyond it" if beyond else ""
         yield Finding(
@@ -109,14 +105,6 @@ def half_precision(subject: Subject) -> Iterator[Finding]:
             3.0 if beyond else 1.0,
             {"largest variance": max(largest, seen)},
         )
-
-
-def _largest_seen(subject: Subject, name: str) -> float:
-    try:
-        observed = [layer for layer in subject.observation.layers if layer.layer == name]
-    except MissingError:
-        return 0.0
-    return max((float(np.max(layer.variance, initial=0.0)) for layer in observed), default=0.0)
 
 
 @rule("BN111", "ε lost in a conversion")
@@ -166,9 +154,8 @@ def _mates(state: NormState, kept: list[NormState]) -> list[NormState]:
 @rule("BN205", "dead channels")
 def dead_channels(subject: Subject) -> Iterator[Finding]:
     """A channel that was constant in training has variance 0: evaluation multiplies whatever comes by γ/√ε."""
-    observed = _observed_dead(subject)
     for state in subject.states:
-        if state.variance is None or _is_initial(state):
+        if state.variance is None or state.is_initial:
             continue
         dead = _stored_dead(state)
         if state.gamma is not None:
@@ -176,8 +163,8 @@ def dead_channels(subject: Subject) -> Iterator[Finding]:
         if not dead.any():
             continue
         times = 1 / np.sqrt(state.variance[dead] + max(state.eps, np.finfo(np.float64).tiny))
-        seen = observed.get(state.name)
-        both = "" if seen is None else f" ({int((seen & dead).sum())} of them in this data too)"
+        seen = subject.observed(state.name)
+        both = "" if seen is None else f" ({int(((seen.variance == 0) & dead).sum())} of them in this data too)"
         yield Finding(
             "BN205",
             state.name,
@@ -202,10 +189,3 @@ def _stored_dead(state: NormState) -> np.ndarray:
     # statistics may have been measured anew, and hold nothing of their initial values
     dead: np.ndarray = (np.abs(state.variance - share) <= left) | (np.abs(state.variance) <= rounded + NOTHING)
     return dead
-
-
-def _observed_dead(subject: Subject) -> dict[str, np.ndarray]:
-    try:
-        return {layer.layer: np.asarray(layer.variance) == 0 for layer in subject.observation.layers}
-    except MissingError:
-        return {}

@@ -9,7 +9,7 @@ from batchnorm.check.pieces import MissingError, piece
 from batchnorm.errors import BatchNormError, DataError, OptionError
 from batchnorm.graph import Graph, Node, Norm, Normalize
 from batchnorm.models import framework_of, processes
-from batchnorm.observe import Observation, observe
+from batchnorm.observe import Observation, Observed, observe
 from batchnorm.protocol import Model
 from batchnorm.source import Source
 from batchnorm.states import BatchSizes, NormState, Optimization, Rehearsal
@@ -80,6 +80,10 @@ class Subject:
         """The layers by their names."""
         return {state.name: state for state in self.states}
 
+    def momentum(self, decay: float) -> float:
+        """Return the weight of the past in the framework's own word: torch's momentum is the weight of the new batch."""
+        return 1 - decay if self.framework == "torch" else decay
+
     @cached_property
     def processes(self) -> int:
         """How many processes the model is trained in."""
@@ -146,6 +150,13 @@ class Subject:
             if self.states:
                 raise
             raise MissingError("needs a model with batch normalization") from error
+
+    def observed(self, name: str) -> Observed | None:
+        """What the data has shown of a layer; ``None`` without data, or where nothing has reached it."""
+        try:
+            return next((one for one in self.observation if one.layer == name), None)
+        except MissingError:
+            return None
 
     @cached_property
     def evaluation(self) -> Observation | None:

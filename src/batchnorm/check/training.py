@@ -10,7 +10,6 @@ from batchnorm.check.rules import rule
 from batchnorm.check.subject import MissingError, Subject
 from batchnorm.check.wrong import WRONG, output_error
 from batchnorm.graph import Activation, Node, Normalize
-from batchnorm.observed import Observed
 
 __all__: list[str] = []
 
@@ -66,14 +65,13 @@ def few_values(subject: Subject) -> Iterator[Finding]:
     """The deviation of m values is off by about 1/√(2m), and a gradient keeps (m - 2)/m of its energy."""
     if not subject.trains:
         raise MissingError(NOT_TRAINED)
-    samples = subject.sizes.usual if subject.loader is not None else None
+    samples = _usual_size(subject)
     for name, places, values in subject.values(samples):
         state = subject.by_name.get(name)
         if state is not None and not state.moves and not state.by_batch:
             continue
         rows = values // max(1, places)
-        few = values < VALUES or (samples is not None and rows < SAMPLES)
-        if few and values > 1:
+        if _are_few(values, places, samples) and values > 1:
             yield Finding(
                 "BN201",
                 name,
@@ -131,12 +129,11 @@ def is_dropouts_work(subject: Subject, name: str) -> bool:
     Where the variance was measured while dropout dropped, it must be the stored one.
     """
     try:
-        found, observed = subject.rehearsal, _observed(subject, name)
+        found, observed = subject.rehearsal, subject.observed(name)
     except MissingError:
         return False
-    if observed is None or name not in found.dropout:
+    if observed is None or observed.stored_mean is None or name not in found.dropout:
         return False
-    assert observed.stored_mean is not None  # noqa: S101
     assert observed.stored_variance is not None  # noqa: S101
     rate, direct = found.dropout[name]
     wide = observed.stored_variance + observed.eps
@@ -153,20 +150,11 @@ def is_dropouts_work(subject: Subject, name: str) -> bool:
 
 def _narrower(subject: Subject, name: str) -> float | None:
     """Return the variance of the data, without dropout, as a share of the stored one; ``None`` without data."""
-    observed = _observed(subject, name)
+    observed = subject.observed(name)
     if observed is None or observed.stored_variance is None:
         return None
     total = float((observed.stored_variance + observed.eps).sum())
     return float((observed.variance + observed.eps).sum()) / total
-
-
-def _observed(subject: Subject, name: str) -> Observed | None:
-    """Return what the data has shown of a layer that keeps statistics; ``None`` without data."""
-    try:
-        found = next((layer for layer in subject.observation.layers if layer.layer == name), None)
-    except MissingError:
-        return None
-    return found if found is not None and found.stored_variance is not None else None
 
 
 @rule("BN204", "gradient accumulation smaller than the batch", "the optimizer, one that counts its steps")
@@ -282,13 +270,19 @@ def _useless(name: str) -> Finding:
 
 
 def _small_layers(subject: Subject) -> dict[str, int]:
-    samples = subject.sizes.usual if subject.loader is not None else None
+    samples = _usual_size(subject)
     try:
         found = list(subject.values(samples))
     except MissingError:
         return {}
-    return {
-        name: values
-        for name, places, values in found
-        if values < VALUES or (samples is not None and values // max(1, places) < SAMPLES)
-    }
+    return {name: values for name, places, values in found if _are_few(values, places, samples)}
+
+
+def _usual_size(subject: Subject) -> int | None:
+    """Return the samples of a batch of the loader; ``None`` without one, for those of the example."""
+    return subject.sizes.usual if subject.loader is not None else None
+
+
+def _are_few(values: int, places: int, samples: int | None) -> bool:
+    """Whether a batch has too few values a channel, or where a loader tells its size, too few samples."""
+    return values < VALUES or (samples is not None and values // max(1, places) < SAMPLES)

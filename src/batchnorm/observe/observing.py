@@ -88,7 +88,8 @@ def observe(
     if optimizer is not None:
         # said before the data is read
         view.rates(optimizer, ())
-    source, known = Source(view.batches(data), batches, repeated=False), _known(view)
+    source = Source(view.batches(data), batches, repeated=False)
+    known = {state.name: state for state in view.states()}
     total = _Total(known, use)
     found: dict[str, Any] | BatchNormError
     try:
@@ -104,12 +105,6 @@ def observe(
     if not layers:
         raise OptionError("the model must have batch normalization, none was found")
     return _observation(view, layers, total, parts, known, optimizer)
-
-
-def _known(view: Model) -> dict[str, NormState]:
-    """Return γ, β and ε by the names of layers, from wings that tell them."""
-    states = getattr(view, "states", None)
-    return {} if states is None else {state.name: state for state in states()}
 
 
 @dataclass

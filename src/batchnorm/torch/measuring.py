@@ -145,12 +145,7 @@ class _Watch(TorchFunctionMode):
     def _measure(self, one: Statistics, x: Tensor, weights: Tensor | None) -> None:
         if self.first and one not in self.found:
             self._look(one, x, whole=weights is None)
-        if weights is None:
-            moments = moments_of(x, self.centres.get(one))
-        else:
-            found = Moments.of(x, "spatial", weights)
-            count = torch.as_tensor(found.count).max().item()
-            moments = Moments(count, found.mean.cpu().numpy(), found.m2.cpu().numpy())
+        moments = moments_of(x, self.centres.get(one), weights)
         note(self.found, one, moments)
         if moments.count:
             self.centres[one] = moments.mean

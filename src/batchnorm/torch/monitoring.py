@@ -208,13 +208,7 @@ class _Step:
             self.linear[one] = self.outputs.maker(x)
             if weights is None and x.numel():
                 self.inputs[one] = piece_of(x)
-        if weights is None:
-            moments = moments_of(x)
-        else:
-            found = Moments.of(x.detach(), "spatial", weights)
-            count = torch.as_tensor(found.count).max().item()
-            moments = Moments(count, found.mean.cpu().numpy(), found.m2.cpu().numpy())
-        self.calls.setdefault(one, []).append(moments)
+        self.calls.setdefault(one, []).append(moments_of(x, weights=weights))
 
     def close(self) -> None:
         """Take the hooks away."""

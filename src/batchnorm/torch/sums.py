@@ -16,7 +16,7 @@ BLOCK = 2**18
 FAR = 1.5
 
 
-def moments_of(x: Tensor, centre: np.ndarray | None = None) -> Moments:
+def moments_of(x: Tensor, centre: np.ndarray | None = None, weights: Tensor | None = None) -> Moments:
     """Measure the channels of ``(N, C, *spatial)``, to float64 means and the last digit of ``x`` in the variances.
 
     ``mean = c + Σ(x - c) / n`` and ``m2 = Σ(x - c)² - (Σ(x - c))² / n`` with a centre ``c`` near the mean, so that nothing
@@ -26,6 +26,7 @@ def moments_of(x: Tensor, centre: np.ndarray | None = None) -> Moments:
     Args:
         x: any layout, dtype and device; only read.
         centre: ``(C,)``, a guess of the mean, like that of the batches before.
+        weights: frequencies of the values, broadcastable to ``x``; in float64 then, in two passes.
 
     Returns:
         Moments of NumPy arrays in float64.
@@ -35,6 +36,9 @@ def moments_of(x: Tensor, centre: np.ndarray | None = None) -> Moments:
         Moments(count=2, mean=array([10001.]), m2=array([2.]))
     """
     x = x.detach()
+    if weights is not None:
+        found = Moments.of(x, "spatial", weights)
+        return Moments(torch.as_tensor(found.count).max().item(), found.mean.cpu().numpy(), found.m2.cpu().numpy())
     count = x.numel() // max(1, x.shape[1])
     if count == 0 or x.shape[1] == 0:
         return Moments(0, np.zeros(x.shape[1]), np.zeros(x.shape[1]))
