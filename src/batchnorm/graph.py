@@ -98,6 +98,8 @@ class Norm:
         computed: why the running mean and the parameters are not stored as they are used; empty where they are.
         plain: whether it is a scale and shift in the model already, which is no news where it stays one.
         holder: dotted name of what keeps the statistics, where that is not ``name``; empty where it is.
+        decay: weight of the past in the running statistics; ``None`` where all batches count alike, or nobody knows.
+        unbiased: whether the running variance is that of n - 1; ``None`` where nobody knows.
         key: what the wing knows the layer by.
     """
 
@@ -112,6 +114,8 @@ class Norm:
     computed: str = ""
     plain: bool = False
     holder: str = ""
+    decay: float | None = None
+    unbiased: bool | None = None
     key: Any = None
 
     @property

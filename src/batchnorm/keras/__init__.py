@@ -2,5 +2,6 @@
 
 from batchnorm.keras.layers import ScaleShift as ScaleShift
 from batchnorm.keras.monitoring import Monitor as Monitor
+from batchnorm.keras.normalization import BatchNormalization as BatchNormalization
 
-__all__ = ["Monitor", "ScaleShift"]
+__all__ = ["BatchNormalization", "Monitor", "ScaleShift"]
