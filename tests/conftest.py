@@ -1,5 +1,6 @@
 """What every test shares: one thread, a seed for each test, and the list of hard inputs."""
 
+import importlib.util
 import os
 import random
 import sys
@@ -12,6 +13,16 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+ON_TENSORFLOW = os.environ["KERAS_BACKEND"] == "tensorflow" and importlib.util.find_spec("tensorflow") is not None
+collect_ignore = [] if ON_TENSORFLOW else ["backends/test_tensorflow_page.py"]
+
+
+def pytest_report_header():
+    """Say what this environment can't run."""
+    if not ON_TENSORFLOW:
+        return "docs/tensorflow.md: not run here, it needs KERAS_BACKEND=tensorflow and TensorFlow"
+    return None
 
 
 @pytest.fixture(autouse=True)
