@@ -33,7 +33,7 @@ def figures(page):
 def data_of(page):
     """Return the lines of a page that define the data."""
     code = "\n".join(block.text for block in blocks_of(page) if block.language == "python")
-    return code[code.index("rows = np.array(") : code.index("def show(")]
+    return code[code.index("batches = [") : code.index("def show(")]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
