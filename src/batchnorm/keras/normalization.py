@@ -12,7 +12,7 @@ from batchnorm.keras.backends import at_hand, total_over_replicas
 from batchnorm.keras.batches import Batch, ghosts_of, measure
 from batchnorm.keras.weighing import weights_of
 
-__all__ = ["BatchNormalization"]
+__all__ = ["LONG", "BatchNormalization"]
 
 # the count of steps where statistics came without one: their initial values have long been forgotten
 LONG = 2**30
@@ -49,11 +49,12 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         renorm_clipping: its bounds, a dict with keys from ``rmax``, ``rmin``, ``dmax``.
         renorm_momentum: weight of the past in its statistics.
         synchronized: normalize by the statistics of all replicas, exactly, on every backend.
-        virtual_batch_size: normalize ghost batches of this many samples each; a last one of a single sample joins its neighbour.
+        virtual_batch_size: normalize ghost batches of this many samples each; a single last sample joins its neighbour.
         unbiased: keep the unbiased moving variance, as torch does; False keeps the biased one, as Keras does.
         debias: take the initial values out of the moving statistics, from the first step on. A weight more counts the steps.
-        on_single: one value a channel in training has no spread: ``"skip"`` puts out β, ``"running"`` normalizes it by the moving
-            statistics, ``"error"`` raises. Statistics stay as they are. In a compiled step with masks it is always ``"skip"``.
+        on_single: one value a channel in training has no spread: ``"skip"`` puts out β, ``"running"`` normalizes it by the
+            moving statistics, ``"error"`` raises. Statistics stay as they are. Where a compiled step can't know the count, as
+            with masks, it is ``"skip"``.
         **layer_options: those of every layer, as ``name`` and ``dtype``.
 
     Raises:
@@ -188,7 +189,9 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
                 or not zero, where a value counts. Other places are normalized too, as in Keras, but count for nothing.
             sample_weight: of the same shapes; a frequency: weight 2 is the sample twice. A constant for the gradients.
         """
-        width = "float64" if "float64" in (keras.backend.standardize_dtype(inputs.dtype), self.compute_dtype) else "float32"
+        width = (
+            "float64" if "float64" in (keras.backend.standardize_dtype(inputs.dtype), self.compute_dtype) else "float32"
+        )
         if mask is None and sample_weight is not None:
             # with two arguments that are tensors, Keras does not look for it
             mask = getattr(inputs, "_keras_mask", None)
@@ -315,8 +318,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"layer {self.name!r}: a batch with inf or NaN was left out of the moving statistics (and so will others): look "
-                "for what made it, here or in a layer before",
+                f"layer {self.name!r}: a batch with inf or NaN was left out of the moving statistics (and so will others): "
+                "look for what made it, here or in a layer before",
                 BatchNormWarning,
                 stacklevel=2,
             )

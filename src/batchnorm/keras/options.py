@@ -6,7 +6,7 @@ from typing import Any
 
 from batchnorm.errors import OptionError
 
-__all__ = ["DEFAULTS", "check", "changed"]
+__all__ = ["DEFAULTS", "changed", "check"]
 
 # what Keras's layer does not have
 DEFAULTS: dict[str, Any] = {"virtual_batch_size": None, "unbiased": False, "debias": False, "on_single": "skip"}

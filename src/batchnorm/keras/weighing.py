@@ -25,7 +25,7 @@ def weights_of(x: Any, axis: int, mask: Any, sample_weight: Any) -> Any | None:
     """
     if mask is None and sample_weight is None:
         return None
-    weight = None
+    weight: Any = None
     if sample_weight is not None:
         _check_values(sample_weight)
         weight = _over_places(ops.cast(sample_weight, x.dtype), x.shape, axis, "sample_weight")
