@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from keras import ops
 
 from batchnorm.errors import OptionError, ShapeError
@@ -65,8 +64,6 @@ def _shown(sizes: Sizes) -> str:
 def _check_values(sample_weight: Any) -> None:
     if not at_hand(sample_weight):
         return
-    values = ops.convert_to_numpy(sample_weight)
-    if values.size and not (np.isfinite(values) & (values >= 0)).all():
-        raise OptionError(
-            f"sample_weight must be finite and not negative, got values from {values.min()} to {values.max()}"
-        )
+    if not bool(ops.all(ops.logical_and(ops.isfinite(sample_weight), sample_weight >= 0))):
+        least, most = float(ops.min(sample_weight)), float(ops.max(sample_weight))
+        raise OptionError(f"sample_weight must be finite and not negative, got values from {least} to {most}")
