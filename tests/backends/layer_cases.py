@@ -68,9 +68,21 @@ def gradients(layer, x, upstream, **call):
     return array(y), [array(g).astype(np.float64) for g in found]
 
 
-def first(v, axis):
-    """Put the axis of the channels where the definition has it."""
-    return np.moveaxis(v, axis, 1 if axis % v.ndim else 0)
+def compiled_step(layer, x, **call):
+    """Run a step of training compiled, and return the output."""
+    if BACKEND == "torch":
+        return layer(x, training=True, **call)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(lambda t, kw: layer(t, training=True, **kw))(tf.constant(x), call)
+    import jax
+
+    state = [v.value for v in layer.trainable_variables], [v.value for v in layer.non_trainable_variables]
+    y, moved = jax.jit(lambda a, b, t, kw: layer.stateless_call(a, b, t, training=True, **kw))(*state, x, call)
+    for v, new in zip(layer.non_trainable_variables, moved, strict=True):
+        v.assign(new)
+    return y
 
 
 def defined(layer, x, upstream, *, renorm=None, **options):
@@ -94,11 +106,22 @@ def _weights(layer):
     return layer.gamma, layer.beta, layer.moving_mean, layer.moving_variance
 
 
-def close(got, expected, what="", rtol=2e-6, atol=None):
-    """Hold values to others: rounding of float32, of the largest of them."""
+def close(got, expected, what="", rtol=2e-6, atol=None, of=0.0):
+    """Hold values to others: rounding of float32, of the largest of them, or of what they are small differences of."""
     got, expected = (np.asarray(v if isinstance(v, list) else array(v), np.float64) for v in (got, expected))
-    scale = max(1e-3, np.abs(expected).max(initial=0))
+    scale = max(1e-3, np.abs(expected).max(initial=0), np.abs(of).max(initial=0))
     np.testing.assert_allclose(got, expected, rtol=0, atol=atol or rtol * scale, err_msg=what)
 
 
-__all__ = ["BACKEND", "PEER", "SHAPES", "BatchNormalization", "array", "close", "defined", "filled", "gradients"]
+__all__ = [
+    "BACKEND",
+    "PEER",
+    "SHAPES",
+    "BatchNormalization",
+    "array",
+    "close",
+    "compiled_step",
+    "defined",
+    "filled",
+    "gradients",
+]

@@ -23,7 +23,8 @@ class Batch(NamedTuple):
 
     Args:
         centred: ``x - mean``.
-        mean: of the values that count.
+        centre: close to the mean, a constant.
+        off: what the mean has more; the two together say where it is better than one number can.
         variance: biased.
         count: number of values, or the sum of their weights.
         places: how many values a channel has that count, over all samples and replicas; a number where it is known.
@@ -31,11 +32,17 @@ class Batch(NamedTuple):
     """
 
     centred: Any
-    mean: Any
+    centre: Any
+    off: Any
     variance: Any
     count: Any
     places: Any
     ghosts: Ghosts | None
+
+    @property
+    def mean(self) -> Any:
+        """The mean of the values that count."""
+        return self.centre + self.off
 
     def spread(self, v: Any) -> Any:
         """Give each sample what belongs to its ghost batch."""
@@ -43,13 +50,13 @@ class Batch(NamedTuple):
 
     def whole(self) -> tuple[Any, Any, Any]:
         """Return count, mean and biased variance of all ghost batches together, merged by count; constants."""
-        count, mean, variance = self.count, ops.stop_gradient(self.mean), ops.stop_gradient(self.variance)
+        count, off, variance = self.count, ops.stop_gradient(self.off), ops.stop_gradient(self.variance)
         if self.ghosts is None:
-            return count, mean, variance
+            return count, self.centre + off, variance
         total = ops.sum(count, axis=0, keepdims=True)
         filled = _filled(total)
-        middle = ops.sum(count * mean, axis=0, keepdims=True) / filled
-        d = mean - middle
+        middle = ops.sum(count * self.centre, axis=0, keepdims=True) / filled
+        d = (self.centre - middle) + off
         m2 = ops.sum(count * (variance + d * d), axis=0, keepdims=True)
         s = ops.sum(count * d, axis=0, keepdims=True)
         return total, middle + s / filled, (m2 - s * s / filled) / filled
@@ -111,7 +118,7 @@ def measure(
         places = ops.max(ops.sum(places, axis=0)) if ghosts is not None else ops.max(places)
     filled = _filled(count)
     centre = ops.stop_gradient(first / filled)
-    batch = Batch(x, centre, centre, count, places, ghosts)
+    batch = Batch(x, centre, centre, centre, count, places, ghosts)
     d = x - batch.spread(centre)
     wd, counting = d, d
     if weight is not None:
@@ -123,7 +130,7 @@ def measure(
     variance = (m2 - s * off) / filled
     # rounding may leave less than nothing
     variance = ops.where(variance < 0, ops.zeros_like(variance), variance)
-    return batch._replace(centred=d - batch.spread(off), mean=centre + off, variance=variance)
+    return batch._replace(centred=d - batch.spread(off), off=off, variance=variance)
 
 
 def _sum(v: Any, axes: tuple[int, ...], ghosts: Ghosts | None) -> Any:
