@@ -7,11 +7,17 @@ import sys
 # Keras takes TensorFlow where nobody says otherwise
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
+import keras
 import numpy as np
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_report_header():
+    backend = keras.backend.backend()
+    return f"keras: {keras.__version__} on {backend} {sys.modules[backend].__version__}"
 
 
 @pytest.fixture(autouse=True)
