@@ -8,6 +8,7 @@ import sys
 # Keras takes TensorFlow where nobody says otherwise
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
+import keras
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,11 @@ def pytest_report_header():
     if not ON_TENSORFLOW:
         return "docs/tensorflow.md: not run here, it needs KERAS_BACKEND=tensorflow and TensorFlow"
     return None
+
+
+def pytest_report_header():
+    backend = keras.backend.backend()
+    return f"keras: {keras.__version__} on {backend} {sys.modules[backend].__version__}"
 
 
 @pytest.fixture(autouse=True)
