@@ -61,7 +61,7 @@ def run(out: Path, *parts: str, quick: bool = False) -> KerasBench:
 def _on(backend: str, part: str, quick: bool) -> Any:
     """Run a part in a process of its own."""
     command = [sys.executable, "-W", "ignore", "-m", __name__, part, *(["--quick"] if quick else [])]
-    done = subprocess.run(
+    done = subprocess.run(  # noqa: S603 - this interpreter
         command, env={**os.environ, "KERAS_BACKEND": backend}, capture_output=True, text=True, check=False
     )
     if done.returncode:
