@@ -1,5 +1,6 @@
 """What the tests of the Keras layer share: its peer, gradients on any backend, the definition on any axis."""
 
+import functools
 import os
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
@@ -31,6 +32,19 @@ def filled(layer, shape, seed=1):
     return layer
 
 
+_STEPS = {}
+
+
+def _step(layer, x, weights, state, dy, call):
+    import jax
+
+    def run(x, weights):
+        return layer.stateless_call(weights, state, x, training=True, **call)
+
+    y, back, moved = jax.vjp(run, x, weights, has_aux=True)
+    return y, moved, back(dy.astype(y.dtype))
+
+
 def gradients(layer, x, upstream, **call):
     """Return the output of a layer in training, and the gradients of x and of its trainable weights."""
     dtype = layer.compute_dtype
@@ -52,17 +66,13 @@ def gradients(layer, x, upstream, **call):
     else:
         import jax
 
-        def run(t, weights):
-            state = [v.value for v in layer.non_trainable_variables]
-            return layer.stateless_call(weights, state, t, training=True, **call)
-
-        @jax.jit
-        def step(t, weights, dy):
-            y, back, moved = jax.vjp(run, t, weights, has_aux=True)
-            return y, moved, back(dy.astype(y.dtype))
-
-        weights = [v.value for v in layer.trainable_variables]
-        y, moved, (dx, dweights) = step(jax.numpy.asarray(x, dtype), weights, jax.numpy.asarray(upstream))
+        weights, state = ([v.value for v in vs] for vs in (layer.trainable_variables, layer.non_trainable_variables))
+        if id(layer) not in _STEPS:
+            # compiled once for each layer, which is kept so that its id is
+            _STEPS[id(layer)] = layer, jax.jit(functools.partial(_step, layer))
+        y, moved, (dx, dweights) = _STEPS[id(layer)][1](
+            jax.numpy.asarray(x, dtype), weights, state, jax.numpy.asarray(upstream), call
+        )
         for v, new in zip(layer.non_trainable_variables, moved, strict=True):
             v.assign(new)
         found = [dx, *dweights]

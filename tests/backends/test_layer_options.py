@@ -34,9 +34,14 @@ def masks(shape, axis, rng):
     yield thin, np.broadcast_to(thin, places)
 
 
-@pytest.mark.parametrize(("shape", "axis"), [((6, 3), -1), ((5, 4, 3), -1), ((4, 3, 2, 5), 1)])
 @pytest.mark.parametrize(
-    "options", [{}, {"virtual_batch_size": 2}, {"unbiased": True}], ids=["plain", "ghosts", "unbiased"]
+    ("shape", "axis", "options"),
+    [
+        ((6, 3), -1, {}),
+        ((4, 3, 2, 5), 1, {}),
+        ((5, 4, 3), -1, {"unbiased": True}),
+        ((5, 3, 4), 1, {"virtual_batch_size": 2}),
+    ],
 )
 def test_masked_places_do_not_count(shape, axis, options, rng):
     for number, (mask, full) in enumerate(masks(shape, axis, rng)):

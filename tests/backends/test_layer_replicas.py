@@ -16,6 +16,8 @@ from layer_cases import BACKEND, BatchNormalization, array, close, defined, grad
 
 import batchnorm
 
+# what Keras does when it makes arrays
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
 CASES = ("masked", "pmapped", "sharded") if BACKEND == "jax" else tuple(job.SPLITS)
 
 

@@ -10,7 +10,7 @@ from batchnorm.tables import table
 
 __all__ = ["measure", "shown"]
 
-ROUNDS, QUICK_ROUNDS, WARM = 30, 3, 2
+ROUNDS, QUICK_ROUNDS, WARM = 15, 3, 2
 BATCH = 32
 WHO = ("Keras", "ours", "Keras again")
 

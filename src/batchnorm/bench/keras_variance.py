@@ -47,10 +47,13 @@ def _array(x: Any) -> np.ndarray:
 
 
 def _two_pass(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    axes = tuple(range(x.ndim - 1))
-    d = x - x.mean(axes)
-    variance = (d * d).mean(axes)
-    return variance, d / np.sqrt(variance + np.float32(EPSILON))
+    """Do it as plainly as it can be said, with the sums of this backend."""
+    from keras import ops
+
+    axes, given = tuple(range(x.ndim - 1)), ops.convert_to_tensor(x)
+    d = given - ops.mean(given, axes)
+    variance = ops.mean(d * d, axes)
+    return _array(variance), _array(d * ops.rsqrt(variance + EPSILON))
 
 
 def _errors(x: np.ndarray, variance: np.ndarray, y: np.ndarray) -> dict[str, float]:
