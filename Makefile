@@ -62,6 +62,7 @@ bench: $(VENV)/.zoo  ## the measured figures of README and docs, in benchmarks/
 	$(BIN)/batchnorm bench recalibrate --out benchmarks
 	$(BIN)/batchnorm bench check --out benchmarks
 	$(BIN)/batchnorm bench sync --out benchmarks
+	$(BIN)/batchnorm bench keras --out benchmarks
 
 format: $(VENV)/.dev  ## mend format and style in place
 	$(BIN)/ruff format .

@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 
 import batchnorm as bn
+import batchnorm.keras
 import batchnorm.torch
 from batchnorm import errors
 
@@ -46,6 +47,7 @@ NAMES = {
         "moments",
         "update_running",
     ],
+    "batchnorm.keras": ["BatchNormalization", "Monitor", "ScaleShift", "convert", "revert"],
     "batchnorm.torch": [
         "BatchNorm1d",
         "BatchNorm2d",
@@ -101,7 +103,7 @@ def loaded_by(code):
     return json.loads(fresh_python(code + report))
 
 
-@pytest.mark.parametrize("room", ["functional", "torch"])
+@pytest.mark.parametrize("room", ["functional", "keras", "torch"])
 def test_the_public_names_of_a_room_are_these(room):
     module = getattr(batchnorm, room)
     public = [name for name, v in vars(module).items() if not name.startswith("_") and not isinstance(v, ModuleType)]

@@ -1,5 +1,6 @@
 """What the tests of the Keras layer share: its peer, gradients on any backend, the definition on any axis."""
 
+import functools
 import os
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
@@ -18,8 +19,7 @@ SHAPES = [((8, 3), -1), ((5, 4, 3), -1), ((5, 3, 4), 1), ((4, 3, 5, 2), 2), ((3,
 
 def array(x):
     """Return values of any kind as an array of NumPy."""
-    x = getattr(x, "value", x)
-    return as_array(x).copy()
+    return as_array(x.value if isinstance(x, keras.Variable) else x).copy()
 
 
 def filled(layer, shape, seed=1):
@@ -30,6 +30,19 @@ def filled(layer, shape, seed=1):
         if v.name != "updates":
             v.assign(rng.uniform(0.5, 1.5, size=tuple(v.shape)))
     return layer
+
+
+_STEPS = {}
+
+
+def _step(layer, x, weights, state, dy, call):
+    import jax
+
+    def run(x, weights):
+        return layer.stateless_call(weights, state, x, training=True, **call)
+
+    y, back, moved = jax.vjp(run, x, weights, has_aux=True)
+    return y, moved, back(dy.astype(y.dtype))
 
 
 def gradients(layer, x, upstream, **call):
@@ -53,17 +66,15 @@ def gradients(layer, x, upstream, **call):
     else:
         import jax
 
-        def run(t, weights):
-            y, moved = layer.stateless_call(
-                weights, [v.value for v in layer.non_trainable_variables], t, training=True, **call
-            )
-            return y, moved
-
-        weights = [v.value for v in layer.trainable_variables]
-        y, back, moved = jax.vjp(run, jax.numpy.asarray(x, dtype), weights, has_aux=True)
+        weights, state = ([v.value for v in vs] for vs in (layer.trainable_variables, layer.non_trainable_variables))
+        if id(layer) not in _STEPS:
+            # compiled once for each layer, which is kept so that its id is
+            _STEPS[id(layer)] = layer, jax.jit(functools.partial(_step, layer))
+        y, moved, (dx, dweights) = _STEPS[id(layer)][1](
+            jax.numpy.asarray(x, dtype), weights, state, jax.numpy.asarray(upstream), call
+        )
         for v, new in zip(layer.non_trainable_variables, moved, strict=True):
             v.assign(new)
-        dx, dweights = back(jax.numpy.asarray(upstream, y.dtype))
         found = [dx, *dweights]
     return array(y), [array(g).astype(np.float64) for g in found]
 

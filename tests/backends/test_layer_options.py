@@ -35,10 +35,13 @@ def masks(shape, axis, rng):
 
 
 @pytest.mark.parametrize(
-    ("shape", "axis"), [((6, 3), -1), ((5, 4, 3), -1), ((5, 3, 4), 1), ((4, 3, 2, 5), 1), ((4, 3, 5, 2), 2)]
-)
-@pytest.mark.parametrize(
-    "options", [{}, {"virtual_batch_size": 2}, {"unbiased": True}], ids=["plain", "ghosts", "unbiased"]
+    ("shape", "axis", "options"),
+    [
+        ((6, 3), -1, {}),
+        ((4, 3, 2, 5), 1, {}),
+        ((5, 4, 3), -1, {"unbiased": True}),
+        ((5, 3, 4), 1, {"virtual_batch_size": 2}),
+    ],
 )
 def test_masked_places_do_not_count(shape, axis, options, rng):
     for number, (mask, full) in enumerate(masks(shape, axis, rng)):
@@ -194,7 +197,7 @@ def test_masks_and_weights_that_do_not_fit_are_refused(call, error, text, rng):
 # -- ghost batches -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("samples", [2, 3, 4, 5, 6, 7, 8, 9])
+@pytest.mark.parametrize("samples", [2, 3, 4, 7, 8])
 def test_ghost_batches_are_those_of_the_definition(samples, rng):
     for shape, axis in (((samples, 3), -1), ((samples, 3, 2), 1)):
         x, upstream = rng.normal(1e3, 2, size=shape).astype("float32"), rng.normal(size=shape).astype("float32")

@@ -11,7 +11,7 @@ import psutil
 
 __all__ = ["describe", "keep"]
 
-_PACKAGES = ("batchnorm", "torch", "numpy", "scikit-learn", "joblib", "onnxruntime")
+_PACKAGES = ("batchnorm", "torch", "keras", "jax", "tensorflow", "numpy", "scikit-learn", "joblib", "onnxruntime")
 
 
 def describe() -> dict[str, Any]:

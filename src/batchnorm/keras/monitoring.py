@@ -8,6 +8,7 @@ import numpy as np
 
 from batchnorm.errors import OptionError
 from batchnorm.history import History, check_every
+from batchnorm.keras.internals import as_array
 from batchnorm.keras.linear import linear_before
 from batchnorm.keras.naming import names_of, norms_of, numbers_of
 from batchnorm.keras.rates import rates
@@ -122,8 +123,20 @@ def _statistics(layer: Any) -> Pair:
     return mean, variance
 
 
+def _kept(layer: Any) -> float:
+    """Return the weight of the past in the step that a layer has made last; a debiased one starts with none."""
+    momentum, updates = float(layer.momentum), getattr(layer, "updates", None)
+    if updates is None:
+        return momentum
+    return (
+        momentum * (1 - momentum ** (step - 1)) / (1 - momentum**step)
+        if (step := int(as_array(updates.value))) > 1
+        else 0.0
+    )
+
+
 def _numbers(layer: Any, before: Pair, after: Pair, gamma: np.ndarray | None) -> dict[str, float | None]:
-    kept = float(layer.momentum)
+    kept = _kept(layer)
     with np.errstate(all="ignore"):
         mean, variance = ((new - kept * old) / (1.0 - kept) for new, old in zip(after, before, strict=True))
         # the difference of two numbers that were rounded

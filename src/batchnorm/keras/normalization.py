@@ -64,11 +64,11 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
 
     Example:
         >>> import numpy as np
-        >>> layer = BatchNormalization(epsilon=0.0)
+        >>> layer = BatchNormalization(momentum=0.0)
         >>> x = np.array([[1e6 + 1.0], [1e6 + 3.0], [7.0]], "float32")
         >>> y = layer(x, mask=np.array([True, True, False]), training=True)
-        >>> [float(v) for v in y[:2, 0]]
-        [-1.0, 1.0]
+        >>> float(layer.moving_mean.value[0]), float(layer.moving_variance.value[0])
+        (1000002.0, 1.0)
 
     Reference:
         Ioffe, Szegedy 2015, Algorithms 1 and 2. Renormalization: Ioffe 2017 (arXiv:1702.03275). Ghost batches: Hoffer, Hubara,
