@@ -1,13 +1,9 @@
 """Folding of Keras models: held against Keras itself in float64, layer by layer; what must decline, declines."""
 
-import contextlib
 import json
 import os
 import random
-import subprocess
-import sys
 import zipfile
-from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
@@ -24,147 +20,13 @@ from batchnorm.fold import fold
 from batchnorm.keras import ScaleShift
 from batchnorm.keras.files import load, save
 from batchnorm.keras.model import KerasModel
+from keras_judge import BN, apart, chain, example_for, folded, gone, graph, kept, norms_in, numbers, randomize, run
 
 # NumPy 2 says it whenever Keras makes an array of a torch tensor
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
-BN = L.BatchNormalization
 BACKEND = keras.backend.backend()
 TABLE = dict(keras_dtypes.BIT64_TO_BIT32_DTYPE)
-
-
-# -- the judge: Keras itself in float64 ----------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def wide():
-    """Keras narrows every result to float32, by a table; here it does not."""
-    before, floatx = keras_dtypes.BIT64_TO_BIT32_DTYPE["float64"], keras.config.floatx()
-    keras_dtypes.BIT64_TO_BIT32_DTYPE["float64"] = "float64"
-    keras.config.set_floatx("float64")
-    try:
-        if BACKEND == "jax":
-            import jax
-
-            with jax.enable_x64(True):
-                yield
-        else:
-            yield
-    finally:
-        keras_dtypes.BIT64_TO_BIT32_DTYPE["float64"] = before
-        keras.config.set_floatx(floatx)
-
-
-def widened(model):
-    """Return a float64 copy: what Keras makes of the model's own config, with another dtype written into it."""
-    config = json.loads(json.dumps(keras.saving.serialize_keras_object(model)).replace('"float32"', '"float64"'))
-    config.pop("compile_config", None)
-    customs = {type(layer).__name__: type(layer) for layer in model._flatten_layers()}
-    with wide():
-        copy = keras.saving.deserialize_keras_object(config, custom_objects=customs)
-        assert len(copy.weights) == len(model.weights)
-        for old, new in zip(model.weights, copy.weights, strict=True):
-            assert tuple(old.shape) == tuple(new.shape)
-            new.assign(numbers(old).astype("float64"))
-    return copy
-
-
-def numbers(variable):
-    value = getattr(variable, "value", variable)
-    return value.detach().numpy() if hasattr(value, "detach") else np.asarray(value)
-
-
-def run(model, inputs):
-    return [numbers(y) for y in keras.tree.flatten(model(inputs, training=False))]
-
-
-def apart(expected, actual):
-    assert [e.shape for e in expected] == [a.shape for a in actual]
-    pairs = [(e.astype("float64"), a.astype("float64")) for e, a in zip(expected, actual, strict=True)]
-    return max(float(np.abs(a - e).max() / max(np.abs(e).max(), 1e-300)) for e, a in pairs)
-
-
-def norms_in(model):
-    return [layer for layer in model._flatten_layers() if isinstance(layer, BN)]
-
-
-def example_for(model, seed=1):
-    rng = np.random.default_rng(seed)
-
-    def draw(x):
-        return rng.standard_normal((2, *(n or 7 for n in x.shape[1:]))).astype("float32")
-
-    return draw(model.inputs[0]) if isinstance(model, keras.Sequential) else keras.tree.map_structure(draw, model.input)
-
-
-def folded(model, x=None, **kwargs):
-    """Fold, and hold the result against Keras in both dtypes: float64 to 1e-12, float32 to four times its own error."""
-    x = example_for(model) if x is None else x
-    result = fold(model, x, **kwargs)
-    truth_model = widened(model)
-    x64 = keras.tree.map_structure(lambda v: v.astype("float64"), x)
-    with wide():
-        folded64 = fold(truth_model, x64).model
-        truth = run(truth_model, x64)
-        assert all(y.dtype == np.float64 for y in truth)
-        assert apart(truth, run(folded64, x64)) <= 1e-12
-    own = apart(truth, run(model, x))
-    assert apart(truth, run(result.model, x)) <= 4 * own + 32 * 2.0**-23
-    assert len(norms_in(result.model)) == sum(kept.became == "unchanged" for kept in result.kept)
-    return result
-
-
-def gone(model, into=None, how=None, x=None):
-    """Fold a model of which every norm must go, and leave nothing."""
-    result = folded(model, x)
-    assert not result.kept, str(result)
-    assert not any(isinstance(layer, ScaleShift) for layer in result.model._flatten_layers())
-    if into is not None:
-        assert [f.into for f in result.folded] == [tuple(names.split()) for names in into]
-    if how is not None:
-        assert {f.how for f in result.folded} == {how}
-    return result
-
-
-def kept(model, *words, x=None, became="scale and shift"):
-    """Fold a model of which the only norm must stay, and return the result."""
-    result = folded(model, x)
-    assert not result.folded, str(result)
-    (entry,) = result.kept
-    assert entry.became == became
-    for word in words:
-        assert word in entry.reason, entry.reason
-    return result
-
-
-# -- models --------------------------------------------------------------------------------------------------------
-
-
-def randomize(model, seed=0, positive=False):
-    rng = np.random.default_rng(seed)
-    for layer in model._flatten_layers():
-        for v in (*layer._trainable_variables, *layer._non_trainable_variables):
-            shape = tuple(v.shape)
-            if "int" in str(v.dtype):
-                continue
-            value = 0.5 * rng.standard_normal(shape)
-            if v is getattr(layer, "moving_variance", None):
-                value = rng.uniform(0.3, 2.0, shape)
-            if v is getattr(layer, "gamma", None):
-                value = rng.uniform(0.5, 1.5, shape)
-                if not positive:
-                    value *= rng.choice([-1.0, 1.0], shape)
-                    value[..., :1] = 0.0
-            v.assign(value.astype(str(v.dtype)))
-    return model
-
-
-def chain(shape, *stack, positive=False):
-    return randomize(keras.Sequential([keras.Input(shape), *stack]), positive=positive)
-
-
-def graph(inputs, outputs, positive=False, **kwargs):
-    return randomize(keras.Model(inputs, outputs, **kwargs), positive=positive)
 
 
 # name: shape of the input, the layer; all of them without padding
@@ -1247,18 +1109,3 @@ def test_the_summary_of_models_inside_of_models_and_of_what_can_not_be_seen():
     mine = Mine()
     mine(np.zeros((1, 7), "float32"))
     assert [(layer.name, layer.trainable) for layer in bn.summary(mine).layers] == [("dense", 32)]
-
-
-# -- the other backend ---------------------------------------------------------------------------------------------
-
-ON_JAX = "notes or (separable2d and times and True) or (transposed2d and same and True) or embedding or saves"
-
-
-@pytest.mark.skipif(BACKEND != "torch", reason="it starts the other backend itself")
-@pytest.mark.timeout(280)
-def test_it_holds_on_jax_too():
-    code = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__)), "-k", ON_JAX]
-    env = os.environ | {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(code, env=env, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert " passed" in done.stdout

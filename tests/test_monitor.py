@@ -284,30 +284,6 @@ def keras_data():
 
 
 @keras_ok
-def test_keras_numbers_are_those_of_the_batch_and_training_is_the_same(tmp_path):
-    expected, model = keras_model(), keras_model()
-    x, y = keras_data()
-    options = {"batch_size": 8, "shuffle": False, "verbose": 0}
-    expected.fit(x, y, **options)
-    monitor = batchnorm.keras.Monitor(every=2)
-    model.fit(x, y, callbacks=[monitor], **options)
-    for a, b in zip(model.get_weights(), expected.get_weights(), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert [record["step"] for record in monitor.history] == [0, 2]
-    # of the first batch, by the first weights; the moving statistics start at 0 and 1
-    first = keras_model()
-    kernel = first.get_layer("dense").get_weights()[0].astype(np.float64)
-    values, eps = x[:8].astype(np.float64) @ kernel, first.get_layer("norm").epsilon
-    own = values.var(0) + eps
-    kl = 0.5 * (np.log((1 + eps) / own) + (own + values.mean(0) ** 2) / (1 + eps) - 1)
-    assert monitor.history[0]["layers"]["norm"]["distance"] == pytest.approx(kl.mean(), rel=1e-4)
-    assert monitor.history[0]["layers"]["norm"]["dead"] == 0.0
-    after = model.get_layer("dense").get_weights()[0].astype(np.float64)
-    assert monitor.history[1]["weights"]["dense"]["effective_rate"] == pytest.approx(0.1 / (after**2).sum(), rel=1e-5)
-    json.dumps(monitor.to_dict(), allow_nan=False)
-
-
-@keras_ok
 def test_a_dead_channel_is_seen_in_keras_and_written(tmp_path):
     model = keras_model(momentum=0.99)
     x, y = keras_data()

@@ -3,8 +3,6 @@
 import copy
 import os
 import random
-import subprocess
-import sys
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
@@ -355,14 +353,6 @@ def test_a_rehearsal_leaves_no_trace():
     assert grads is None or all(grads)
 
 
-def test_a_function_of_the_model_that_reaches_a_layer_of_it_moves_nothing():
-    layer = BN(name="bn")
-    layer.build((None, 6))
-    model = sequential(L.Lambda(lambda x: layer(x, training=True), output_shape=(6,)), L.Dense(2))
-    KerasModel(model).rehearse(data())
-    np.testing.assert_array_equal(array(layer.moving_mean), np.zeros(6))
-
-
 class Failing(L.Layer):
     """A layer that works in evaluation only."""
 
@@ -615,18 +605,6 @@ def test_sparing_keeps_variables_that_were_excluded():
     assert shrunk(model, optimizer) == {"dense/kernel", "dense/bias", "end/bias"}
 
 
-def test_sparing_an_optimizer_that_the_model_was_compiled_with():
-    model, optimizer = dense(), O.SGD(1e-9, weight_decay=1e7)
-    model.compile(optimizer, "mse")
-    x, y, layer = data(), data(8, 2), model.get_layer("bn")
-    model.fit(x, y, verbose=0)
-    assert (array(layer.gamma) < 0.995).all()
-    assert KerasModel(model).spare(optimizer) == 2
-    before = array(layer.gamma)
-    model.fit(x, y, verbose=0)
-    np.testing.assert_allclose(array(layer.gamma), before, rtol=1e-5)
-
-
 @pytest.mark.skipif(not hasattr(O, "MultiOptimizer"), reason="this Keras has no MultiOptimizer")
 def test_optimizers_that_hold_others():
     model = dense()
@@ -687,28 +665,6 @@ def test_what_has_to_be_built_again_is_told():
     assert state(whole).dtype == "float32"
 
 
-def test_what_was_compiled_is_compiled_anew():
-    model, x = sequential(BN(name="bn", momentum=0.5)), data()
-    model.compile("sgd", "mse")
-    before = model.predict(x, verbose=0)
-    model.fit(x, x, verbose=0)
-    KerasModel(model).mend({"bn": Mend(eps=10.0, decay=1.0)})
-    held = array(model.layers[0].moving_mean)
-    assert np.abs(model.predict(x, verbose=0) - before).max() > 0.1
-    model.fit(x, x, verbose=0)
-    np.testing.assert_array_equal(array(model.layers[0].moving_mean), held)
-
-
 def test_a_copy_of_a_model_keeps_its_states():
     model = copy.deepcopy(dense())
     assert state(model).decay == 0.99
-
-
-@pytest.mark.skipif(not ON_TORCH, reason="it is this very run")
-def test_it_holds_on_jax_too():
-    environment = os.environ | {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
-    # what differs from backend to backend: a step of training, steps that are compiled
-    chosen = "moves_nothing or compiled"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]

@@ -2,6 +2,7 @@
 
 import random
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -37,6 +38,7 @@ __all__ = [
     "run_compiled",
     "safely",
     "standardized",
+    "tensorflow_data",
     "told",
     "unsafely",
     "untraced",
@@ -183,6 +185,13 @@ def as_array(x: Any) -> np.ndarray:
         x = x.detach().cpu()
         return np.asarray(x.float().numpy() if str(x.dtype) == "torch.bfloat16" else x.numpy())
     return np.asarray(keras.ops.convert_to_numpy(x))
+
+
+def tensorflow_data(data: Any) -> Any | None:
+    """Return ``tf.data`` where ``data`` is a data set of it; ``None`` for anything else."""
+    # who holds one has imported TensorFlow
+    known = getattr(sys.modules.get("tensorflow"), "data", None)
+    return known if known is not None and isinstance(data, known.Dataset) else None
 
 
 def told(error: Exception) -> str:

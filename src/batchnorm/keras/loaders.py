@@ -5,7 +5,7 @@ from typing import Any
 import keras
 
 from batchnorm.errors import OptionError
-from batchnorm.keras.internals import told
+from batchnorm.keras.internals import tensorflow_data, told
 from batchnorm.keras.measuring import entering
 from batchnorm.states import BatchSizes
 
@@ -17,8 +17,8 @@ def batch_sizes(model: Any, loader: Any) -> BatchSizes:
 
     Args:
         model: takes the batches.
-        loader: ``(samples, batch_size)`` as ``fit`` cuts arrays, a ``PyDataset``, a ``DataLoader`` of torch, a sequence of
-            batches, or what can be iterated over again and again.
+        loader: ``(samples, batch_size)`` as ``fit`` cuts arrays, a ``PyDataset``, a ``tf.data.Dataset``, a ``DataLoader`` of
+            torch, a sequence of batches, or what can be iterated over again and again.
 
     Raises:
         OptionError: anything else, or a loader that gives no batch.
@@ -30,7 +30,7 @@ def batch_sizes(model: Any, loader: Any) -> BatchSizes:
     if hasattr(loader, "shape") or isinstance(loader, str | bytes | dict) or hasattr(loader, "__next__"):
         raise _unknown(loader)
     try:
-        return _looked_at(model, loader)
+        return _looked_at(model, loader) if tensorflow_data(loader) is None else _of_tensorflow(model, loader)
     except OptionError:
         raise
     except Exception as error:
@@ -58,6 +58,31 @@ def _of_torch(loader: Any) -> BatchSizes:
         # a stream, whose end nobody knows
         return BatchSizes(size, size if loader.drop_last else None)
     return _cut(samples, size, drop_last=bool(loader.drop_last))
+
+
+def _of_tensorflow(model: Any, data: Any) -> BatchSizes:
+    """Ask a ``tf.data.Dataset``; where it does not tell, read its first batch, and its last where that can be read alone."""
+    count = int(data.cardinality())
+    if count == 0:
+        raise OptionError("a loader must give at least one batch, it has a length of 0")
+    leaves = keras.tree.flatten(entering(model, data.element_spec))
+    size = next((leaf.shape[0] for leaf in leaves if leaf.shape.rank), None)
+    if size is not None:
+        return BatchSizes(size, size, size * count if count > 0 else None)
+    first = next((_size(model, batch) for batch in data), None)
+    if first is None:
+        raise OptionError("a loader must give at least one batch, it gave none")
+    last = None if count < 0 else _last(model, data, count)
+    return BatchSizes(first, last, None if last is None else (count - 1) * first + last)
+
+
+def _last(model: Any, data: Any, count: int) -> int | None:
+    known: Any = tensorflow_data(data)
+    try:
+        return _size(model, known.experimental.at(data, count - 1))
+    except Exception:
+        # one that is read from its beginning only
+        return None
 
 
 def _looked_at(model: Any, loader: Any) -> BatchSizes:
@@ -89,6 +114,6 @@ def _size(model: Any, batch: Any) -> int:
 
 def _unknown(loader: Any) -> OptionError:
     return OptionError(
-        "a loader must tell the sizes of its batches: give (samples, batch_size), a PyDataset, a DataLoader or a list of "
-        f"batches, got a {type(loader).__name__}"
+        "a loader must tell the sizes of its batches: give (samples, batch_size), a PyDataset, a tf.data.Dataset, a DataLoader "
+        f"or a list of batches, got a {type(loader).__name__}"
     )

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from batchnorm.errors import BatchNormError, DataError, OptionError
-from batchnorm.keras.internals import as_array, graph_of, quietly, told, untraced
+from batchnorm.keras.internals import as_array, graph_of, quietly, tensorflow_data, told, untraced
 from batchnorm.keras.linear import linear_before
 from batchnorm.keras.naming import names_of, norms_of, numbers_of
 from batchnorm.keras.normalization import BatchNormalization
@@ -40,8 +40,12 @@ def _statistics(layer: Any, name: str) -> Statistics:
 
 
 def batches_of(data: Any) -> Any:
-    """Return what yields the batches of a ``PyDataset``, which is no iterable; anything else as it is."""
-    return _Indexed(data) if isinstance(data, keras.utils.PyDataset) else data
+    """Return what yields the batches of a ``PyDataset``, which is no iterable, or of a ``tf.data.Dataset``; else ``data``."""
+    if isinstance(data, keras.utils.PyDataset):
+        return _Indexed(data)
+    if tensorflow_data(data) is not None and keras.backend.backend() != "tensorflow":
+        return _Arrays(data)
+    return data
 
 
 def entering(model: Any, batch: Any) -> Any:
@@ -63,6 +67,19 @@ class _Indexed:
 
     def __iter__(self) -> Iterator[Any]:
         return (self.data[i] for i in range(len(self.data)))
+
+
+class _Arrays:
+    """A ``tf.data.Dataset`` whose batches are NumPy arrays, which every backend takes."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.data.as_numpy_iterator())
 
 
 def write(statistics: Mapping[Statistics, Pair]) -> None:
