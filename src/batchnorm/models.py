@@ -12,7 +12,18 @@ from batchnorm.errors import OptionError
 from batchnorm.protocol import Model
 from batchnorm.rooms import require
 
-__all__ = ["adapt", "check_ending", "choose_backend", "framework_of", "gather", "joined", "load", "processes", "save", "unwrapped"]
+__all__ = [
+    "adapt",
+    "check_ending",
+    "choose_backend",
+    "framework_of",
+    "gather",
+    "joined",
+    "load",
+    "processes",
+    "save",
+    "unwrapped",
+]
 
 # framework, class that its models have, the view of them; a Keras model on torch is a torch module too, and comes first
 _WINGS = (
