@@ -15,7 +15,6 @@ from batchnorm.fold import FoldResult, fold
 from batchnorm.keras import files
 from batchnorm.keras.internals import in_float64, quietly, told
 from batchnorm.keras.naming import names_of
-from batchnorm.lab.keras.heads import bare
 from batchnorm.lab.keras.networks import Network
 from batchnorm.lab.keras.watching import logits_of
 from batchnorm.lab.shipping import (
@@ -51,9 +50,9 @@ def deploy(network: Network, x_train: np.ndarray, x_check: np.ndarray) -> Deploy
         narrow = logits_of(model, x_check).astype(np.float64)
         bound = rounding(narrow, narrow)
         try:
+            done = fold(model, x_check[:EXAMPLE_ROWS])
             exact, exact_folded = _in_float64(model, x_check)
             bound = rounding(narrow, exact)
-            done = fold(model, x_check[:EXAMPLE_ROWS])
         except BatchNormError as failure:
             return unfolded(ready.finished(), str(failure), bound)
         error = float(np.abs(logits_of(done.model, x_check) - narrow).max())
@@ -101,6 +100,8 @@ def _sentences(model: Any, done: FoldResult) -> tuple[tuple[str, ...], tuple[str
 def save(deployed: Deployed, folder: Path, x: np.ndarray) -> Saved:
     """Save ``model.keras``, read it again and compare; and ``model.onnx`` where the backend can write it; all or nothing.
 
+    Where a class of the user's can't be written or read again, its weights are saved alone.
+
     Args:
         deployed: what to save.
         folder: made anew; an older one is replaced at the end.
@@ -109,23 +110,38 @@ def save(deployed: Deployed, folder: Path, x: np.ndarray) -> Saved:
     Raises:
         VerificationError: what was read computes something else.
     """
-    model = deployed.network
+    rows = x[:ROWS_AT_ONCE]
+    expected = logits_of(deployed.network, rows)
     with best_folder(folder) as partial:
-        files.save(model, partial / "model.keras")
-        rows = x[:ROWS_AT_ONCE]
-        expected = logits_of(model, rows)
-        read = logits_of(files.load(partial / "model.keras"), rows)
-        error = float(np.abs(read - expected).max())
-        if not error <= deployed.bound:
-            raise VerificationError(f"model.keras must agree within {deployed.bound:.1e}, it differs by {error:.1e}")
+        first, why = _save_keras(deployed, partial, rows, expected)
+        path = partial / "model.onnx"
         try:
-            _export(model, partial / "model.onnx")
+            _export(deployed.network, path)
         except Exception as failure:
-            (partial / "model.onnx").unlink(missing_ok=True)
-            why = f"Keras does not write it on the backend {keras.backend.backend()} here: {told(failure)}"
-            return Saved(("model.keras",), left_out=f"model.onnx is left out, {why}")
-        onnx = onnx_checked(partial / "model.onnx", rows, expected, deployed.bound)
-    return Saved(("model.keras", "model.onnx"), onnx)
+            path.unlink(missing_ok=True)
+            backend = keras.backend.backend()
+            why += f"model.onnx is left out, Keras does not write it on the backend {backend} here: {told(failure)}. "
+            return Saved((first,), left_out=why.strip())
+        return Saved((first, path.name), onnx_checked(path, rows, expected, deployed.bound), why.strip())
+
+
+def _save_keras(deployed: Deployed, folder: Path, rows: np.ndarray, expected: np.ndarray) -> tuple[str, str]:
+    """Return the name of the file that was written, and what was left out."""
+    path, weights = folder / "model.keras", folder / "model.weights.h5"
+    try:
+        files.save(deployed.network, path)
+        read = files.load(path)
+    except OSError:
+        raise
+    except Exception as failure:
+        path.unlink(missing_ok=True)
+        with quietly():
+            deployed.network.save_weights(weights)
+        return weights.name, f"model.keras is left out, only the weights are saved: {told(failure)}. "
+    error = float(np.abs(logits_of(read, rows) - expected).max())
+    if not error <= deployed.bound:
+        raise VerificationError(f"{path.name} must agree within {deployed.bound:.1e}, it differs by {error:.1e}")
+    return path.name, ""
 
 
 def _export(model: Any, path: Path) -> None:
@@ -145,8 +161,3 @@ def _quiet_exporter() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def logits_model(network: Any) -> Any:
-    """Return a model that gives logits, of a network in training or of a finished model."""
-    return network.model if isinstance(network, Network) else bare(network)

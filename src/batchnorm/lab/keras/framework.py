@@ -13,7 +13,7 @@ from batchnorm.lab.arms import Arm
 from batchnorm.lab.data import Dataset
 from batchnorm.lab.factories import digest_of
 from batchnorm.lab.keras import deploying, training
-from batchnorm.lab.keras.heads import are_probabilities
+from batchnorm.lab.keras.heads import are_probabilities, bare
 from batchnorm.lab.keras.networks import NETWORKS, PREFIX, Network, build, factory_of
 from batchnorm.lab.keras.watching import score
 from batchnorm.lab.shipping import Deployed, Saved
@@ -66,7 +66,11 @@ class Keras:
 
     def score(self, network: Any, x: np.ndarray, y: np.ndarray) -> Scores:
         """Return mean log-loss in nats and accuracy."""
-        return score(deploying.logits_model(network), training.channels_last(x), y)
+        rows = training.channels_last(x)
+        if isinstance(network, Network):
+            return score(network.model, rows, y)
+        with bare(network) as logits:
+            return score(logits, rows, y)
 
     def deploy(self, network: Network, x_train: np.ndarray, x_check: np.ndarray) -> Deployed:
         """Recompute statistics, fold, verify."""

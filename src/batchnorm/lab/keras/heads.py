@@ -1,13 +1,13 @@
 """The softmax at the end of a network: taken off to be trained and compared on logits, and put back in what is shipped."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import keras
 import numpy as np
 
 from batchnorm.keras.internals import forget_compiled, graph_of
-from batchnorm.keras.rebuilding import Edits, rebuilt
 
 __all__ = ["PutBack", "are_probabilities", "bare", "take_off"]
 
@@ -48,9 +48,16 @@ def take_off(model: Any) -> tuple[Any, PutBack | None]:
     return shorter, lambda other: _appended(other, last.name)
 
 
-def bare(model: Any) -> Any:
-    """Return a model that gives the logits of ``model``, which stays as it is."""
-    return model if graph_of(model) is None else take_off(rebuilt(model, Edits()))[0]
+@contextmanager
+def bare(model: Any) -> Iterator[Any]:
+    """Give a model that gives the logits of ``model``; afterwards that is as it was."""
+    logits, put_back = take_off(model)
+    forget_compiled(logits)
+    try:
+        yield logits
+    finally:
+        if put_back is _put_into_last:
+            put_back(model)
 
 
 def are_probabilities(outputs: np.ndarray) -> bool:

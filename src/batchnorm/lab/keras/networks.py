@@ -134,7 +134,11 @@ def build(model: str, shape: tuple[int, ...], classes: int, arm: Arm, seed: int,
         if not isinstance(body, keras.Model):
             raise OptionError(f"{said} must return a keras.Model, it returned a {type(body).__name__}")
         try:
-            logits, put_back = take_off(_joined(shape, entry, body))
+            # a softmax at the end of a graph, before that graph is a part of another; or of a list of layers, once it is built
+            body, put_back = take_off(body)
+            logits, put_back = (
+                (_joined(shape, entry, body), put_back) if put_back else take_off(_joined(shape, entry, body))
+            )
         except Exception as error:
             raise OptionError(f"{said} with arm {arm.name!r} must take rows of shape {shape}: {error}") from error
     variables = tuple(logits.variables)
