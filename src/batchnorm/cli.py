@@ -96,7 +96,7 @@ def _add_compare(verbs: Any) -> None:
     add(
         "--model",
         default="mlp",
-        help="mlp, cnn, resmlp or package.module:factory; in Keras keras:dense, keras:cnn or keras:package.module:factory (mlp)",
+        help="mlp, cnn, resmlp or package.module:factory; keras:dense, keras:cnn or keras:package.module:factory (mlp)",
     )
     add("--arms", type=_words, metavar="A,B", help="names of arms (none,before,after)")
     add(
