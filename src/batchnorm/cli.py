@@ -94,7 +94,11 @@ def _add_compare(verbs: Any) -> None:
         metavar="DIR",
         help="report, rows and model (comparison)",
     )
-    add("--model", default="mlp", help="mlp, cnn, resmlp or package.module:factory (mlp)")
+    add(
+        "--model",
+        default="mlp",
+        help="mlp, cnn, resmlp or package.module:factory; keras:dense, keras:cnn or keras:package.module:factory (mlp)",
+    )
     add("--arms", type=_words, metavar="A,B", help="names of arms (none,before,after)")
     add(
         "--arm",

@@ -12,7 +12,18 @@ from batchnorm.errors import OptionError
 from batchnorm.protocol import Model
 from batchnorm.rooms import require
 
-__all__ = ["adapt", "check_ending", "framework_of", "gather", "joined", "load", "processes", "save", "unwrapped"]
+__all__ = [
+    "adapt",
+    "check_ending",
+    "choose_backend",
+    "framework_of",
+    "gather",
+    "joined",
+    "load",
+    "processes",
+    "save",
+    "unwrapped",
+]
 
 # framework, class that its models have, the view of them; a Keras model on torch is a torch module too, and comes first
 _WINGS = (
@@ -147,11 +158,11 @@ def load(spec: str, weights: Path | None = None) -> Any:
     if weights is not None:
         raise OptionError(f"weights are given for package.module:factory, {spec} holds its own")
     if reader[1] == "keras":
-        _choose_backend()
+        choose_backend()
     return require(*reader).load(Path(spec))
 
 
-def _choose_backend() -> None:
+def choose_backend() -> None:
     """Let Keras run on a backend that is installed, where nobody has chosen one: its own choice is TensorFlow."""
     if "keras" not in sys.modules and find_spec("tensorflow") is None:
         installed = next((name for name in ("torch", "jax") if find_spec(name) is not None), "tensorflow")

@@ -23,6 +23,7 @@ __all__ = [
     "excluded",
     "forget_compiled",
     "found_class",
+    "fresh_names",
     "graph_of",
     "in_float64",
     "inner_optimizers",
@@ -240,6 +241,13 @@ def leaving_names() -> Iterator[None]:
             counters.update(names)
         random.setstate(states[0])
         np.random.set_state(states[1])
+
+
+def fresh_names() -> None:
+    """Let the next layers be named as the first ones of a process; inside of `leaving_names` or `leaving_random`."""
+    counters = global_state.get_global_attribute(_NAMES)
+    if counters is not None:
+        counters.clear()
 
 
 @contextmanager

@@ -102,6 +102,7 @@ ARMS = {
         Arm("bias", norm="batch", place="before", bias=True),
         Arm("raw", input="raw"),
         Arm("input-norm", input="norm"),
+        Arm("everywhere", norm="batch", place="after", input="norm"),
     )
 }
 """The arms that have a name."""

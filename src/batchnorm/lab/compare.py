@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from batchnorm.errors import OutputError
-from batchnorm.lab import deploy, grid
+from batchnorm.lab import grid
 from batchnorm.lab.arms import Arm, resolve
 from batchnorm.lab.data import load_data
 from batchnorm.lab.outputs import facts_of, rows_as_csv, write
@@ -19,10 +18,10 @@ from batchnorm.lab.plan import Plan, at_least, rates_of, source_options
 from batchnorm.lab.progress import Runs
 from batchnorm.lab.report import write_report
 from batchnorm.lab.results import Best, Comparison
+from batchnorm.lab.shipping import Deployed, Saved
 from batchnorm.lab.store import Store
-from batchnorm.lab.train import Recipe, Task, one_thread, score, train_network
+from batchnorm.lab.tasks import Recipe, Task
 from batchnorm.lab.verdicts import Evidence, Margins, analyse
-from batchnorm.summary import summary
 
 __all__ = ["compare"]
 
@@ -62,7 +61,8 @@ def compare(
         target: the column of labels, for tables.
         drop: columns to leave out, for tables.
         image_size: ``(width, height)`` to scale images to.
-        model: ``"mlp"``, ``"cnn"``, ``"resmlp"``, or ``"package.module:factory"``, called as ``factory(shape, classes, arm)``.
+        model: ``"mlp"``, ``"cnn"``, ``"resmlp"``, or ``"package.module:factory"``, called as ``factory(shape, classes, arm)``;
+            in Keras ``"keras:dense"``, ``"keras:cnn"`` or ``"keras:package.module:factory"``.
         arms: names of `batchnorm.lab.ARMS`, `batchnorm.lab.Arm` objects, or texts ``"name: key=value, key=value"``.
         learning_rates: the grid, positive.
         seeds: how many; 0, 1, 2, …
@@ -82,6 +82,7 @@ def compare(
 
     Raises:
         DataError: data that can't be read or learned from.
+        MissingDependencyError: a package that the model needs is not installed.
         OptionError: an option out of range.
         OutputError: ``out`` can't be written, or holds another comparison.
 
@@ -143,29 +144,28 @@ def _conclude(plan: Plan, rows: list[dict[str, Any]], folder: Path | None, secon
 
 def _best(plan: Plan, evidence: Evidence, folder: Path | None) -> Best:
     """Train the winner again, which gives the same network, and make it ready to ship."""
-    winner = evidence.best
+    winner, framework = evidence.best, plan.framework
     task = Task(winner.arm, winner.learning_rate, winner.best_seed)
-    with one_thread():
-        network, _ = train_network(task, plan.recipe, plan.data)
+    with framework.alone():
+        network, _ = framework.train(task, plan.recipe, plan.data)
         split = plan.data.split(task.seed)
-        deployed = deploy.deploy(network, split.x_train, split.x_test)
-        files, onnx = _save(plan, task, deployed, split.x_test, folder)
+        deployed = framework.deploy(network, split.x_train, split.x_test)
+        saved = _save(plan, task, deployed, split.x_test, folder)
         return Best(
             task=task,
-            before=score(network, split.x_test, split.y_test),
-            recalibrated=score(deployed.network, split.x_test, split.y_test),
+            before=framework.score(network, split.x_test, split.y_test),
+            recalibrated=framework.score(deployed.network, split.x_test, split.y_test),
             deployed=deployed,
-            summary=summary(network, torch.from_numpy(split.x_test[:2])),
-            files=files,
-            onnx=onnx,
+            summary=framework.summary(network, split.x_test[:2]),
+            files=() if folder is None else tuple(folder / "best" / name for name in saved.files),
+            onnx=saved.onnx,
+            left_out=saved.left_out,
         )
 
 
-def _save(
-    plan: Plan, task: Task, deployed: deploy.Deployed, x: np.ndarray, folder: Path | None
-) -> tuple[tuple[Path, ...], dict[str, Any]]:
+def _save(plan: Plan, task: Task, deployed: Deployed, x: np.ndarray, folder: Path | None) -> Saved:
     if folder is None:
-        return (), {}
+        return Saved()
     about = {
         "model": plan.recipe.model,
         "arm": task.arm.to_dict(),
@@ -173,7 +173,6 @@ def _save(
         "classes": plan.data.classes,
     }
     try:
-        onnx = deploy.save(deployed, folder / "best", x, about)
+        return plan.framework.save(deployed, folder / "best", x, about)
     except OSError as error:
         raise OutputError(f"the output folder {folder} must be one that can be written: {error}") from error
-    return (folder / "best" / "model.safetensors", folder / "best" / "model.onnx"), onnx

@@ -3,12 +3,9 @@
 import copy
 import json
 import logging
-import os
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,38 +20,22 @@ from batchnorm.fold import FoldResult, fold
 from batchnorm.lab.arms import Arm
 from batchnorm.lab.networks import build
 from batchnorm.lab.replaced import as_json, replace
+from batchnorm.lab.shipping import (
+    EXAMPLE_ROWS,
+    RECALIBRATION_ROWS,
+    ROWS_AT_ONCE,
+    Deployed,
+    best_folder,
+    is_exact,
+    onnx_checked,
+    rounding,
+    unfolded,
+)
 from batchnorm.models import adapt
 from batchnorm.recalibrate import recalibrate
 from batchnorm.torch.evaluation import evaluating
 
-__all__ = ["Deployed", "deploy", "load_model", "save"]
-
-RECALIBRATION_ROWS = 10_000
-EXAMPLE_ROWS, ROWS_AT_ONCE = 64, 1024
-EXACT_BOUND = 1e-10
-
-
-@dataclass(frozen=True)
-class Deployed:
-    """A network without the normalization that could be folded away.
-
-    Args:
-        network: in evaluation mode, from raw rows to logits.
-        folded: what went where, a sentence each.
-        kept: what could not be folded, and why, a sentence each.
-        replaced: what stands in the place of folded modules, by name; see `batchnorm.lab.replaced`.
-        error: largest absolute difference of the logits between folded and unfolded, in float32.
-        exact_error: the same in float64, relative to the largest logit.
-        bound: what ``error`` was held against.
-    """
-
-    network: nn.Module
-    folded: tuple[str, ...]
-    kept: tuple[str, ...]
-    replaced: dict[str, dict[str, Any]]
-    error: float
-    exact_error: float
-    bound: float
+__all__ = ["deploy", "load_model", "save"]
 
 
 def deploy(network: nn.Module, x_train: np.ndarray, x_check: np.ndarray) -> Deployed:
@@ -70,25 +51,21 @@ def deploy(network: nn.Module, x_train: np.ndarray, x_check: np.ndarray) -> Depl
     exact = _outputs(copy.deepcopy(ready).double(), x.double())
     narrow = _outputs(ready, x).double()
     size = max(1.0, exact.abs().max().item())
-    # what rounding does to the unfolded network, with room for another order of the same sums
-    bound = 16 * max((narrow - exact).abs().max().item(), torch.finfo(torch.float32).eps * size)
+    bound = rounding(narrow.numpy(), exact.numpy())
     try:
         done = fold(ready, x[:EXAMPLE_ROWS])
         exact_folded = fold(copy.deepcopy(ready).double(), x[:EXAMPLE_ROWS].double()).model
     except BatchNormError as failure:
-        return _unfolded(ready, str(failure), bound)
+        return unfolded(ready, str(failure), bound)
     replaced = as_json(ready, done.model)
     if replaced is None:
-        return _unfolded(ready, "it has changed the network's structure, which the file can't hold", bound)
+        return unfolded(ready, "it has changed the network's structure, which the file can't hold", bound)
     exact_error = (_outputs(exact_folded, x.double()) - exact).abs().max().item() / size
     error = (_outputs(done.model, x).double() - narrow).abs().max().item()
-    if exact_error <= EXACT_BOUND and error <= bound:
-        return Deployed(done.model, *_sentences(ready, done), replaced, error, exact_error, bound)
-    return _unfolded(ready, f"logits differed by {error:.1e} where rounding allows {bound:.1e}", bound)
-
-
-def _unfolded(network: nn.Module, reason: str, bound: float) -> Deployed:
-    return Deployed(network, (), (f"folding was undone: {reason}",), {}, 0.0, 0.0, bound)
+    deployed = Deployed(done.model, *_sentences(ready, done), replaced, error, exact_error, bound)
+    if is_exact(deployed):
+        return deployed
+    return unfolded(ready, f"logits differed by {error:.1e} where rounding allows {bound:.1e}", bound)
 
 
 def _sentences(network: nn.Module, done: FoldResult) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -117,20 +94,11 @@ def save(deployed: Deployed, folder: Path, x: np.ndarray, about: dict[str, Any])
     Raises:
         VerificationError: onnxruntime's outputs differ by more than rounding.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     header = json.dumps(about | {"replaced": deployed.replaced})
     tensors = {name: tensor.contiguous() for name, tensor in deployed.network.state_dict().items()}
-    save_file(tensors, partial / "model.safetensors", {"batchnorm": header})
-    onnx = _save_onnx(deployed, partial / "model.onnx", x)
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    return onnx
+    with best_folder(folder) as partial:
+        save_file(tensors, partial / "model.safetensors", {"batchnorm": header})
+        return _save_onnx(deployed, partial / "model.onnx", x)
 
 
 def load_model(path: str | Path) -> nn.Module:
@@ -161,12 +129,6 @@ def load_model(path: str | Path) -> nn.Module:
 
 
 def _save_onnx(deployed: Deployed, path: Path, x: np.ndarray) -> dict[str, Any]:
-    import onnx
-
-    # its telemetry starts with the import
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    import onnxruntime
-
     with _quiet_exporter():
         program = torch.onnx.export(
             deployed.network,
@@ -180,16 +142,9 @@ def _save_onnx(deployed: Deployed, path: Path, x: np.ndarray) -> dict[str, Any]:
     if program is None:
         raise VerificationError("the ONNX exporter must return a program, it returned none")
     program.save(str(path))
-    graph = onnx.load(str(path))
-    onnx.checker.check_model(graph, full_check=True)
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     rows = x[:1024]
     expected = _outputs(deployed.network, torch.from_numpy(rows)).numpy()
-    error = float(np.abs(session.run(None, {"x": rows})[0] - expected).max())
-    if not error <= deployed.bound:
-        raise VerificationError(f"onnxruntime must agree within {deployed.bound:.1e}, its logits differ by {error:.1e}")
-    operators = [node.op_type for node in graph.graph.node]
-    return {"operators": operators, "norms": operators.count("BatchNormalization"), "error": error}
+    return onnx_checked(path, rows, expected, deployed.bound)
 
 
 def _outputs(network: nn.Module, x: torch.Tensor) -> torch.Tensor:

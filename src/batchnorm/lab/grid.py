@@ -14,13 +14,15 @@ import psutil
 
 from batchnorm.errors import MissingDependencyError, OptionError, WorkerError
 from batchnorm.lab.data import Dataset
-from batchnorm.lab.train import Recipe, Task, train
+from batchnorm.lab.frameworks import framework_of
+from batchnorm.lab.tasks import Recipe, Row, Task
 
 __all__ = ["PARALLEL", "run"]
 
 PARALLEL = ("processes", "dask", "ray")
 
-Finished = Iterator[tuple[Task, dict[str, Any]]]
+Finished = Iterator[tuple[Task, Row]]
+Environment = dict[str, str]
 
 
 def run(
@@ -52,20 +54,25 @@ def run(
         return iter(())
     if parallel == "processes":
         jobs = min(jobs, len(tasks))
-        return _processes(tasks, recipe, data, jobs) if jobs > 1 else (_train(task, recipe, data) for task in tasks)
+        return _processes(tasks, recipe, data, jobs) if jobs > 1 else (_train(task, recipe, data, {}) for task in tasks)
     return (_dask if parallel == "dask" else _ray)(tasks, recipe, data, cluster)
 
 
-def _train(task: Task, recipe: Recipe, data: Dataset) -> tuple[Task, dict[str, Any]]:
-    return task, train(task, recipe, data)
+def _train(task: Task, recipe: Recipe, data: Dataset, environment: Environment) -> tuple[Task, Row]:
+    os.environ.update(environment)
+    framework = framework_of(recipe.model)
+    with framework.alone():
+        return task, framework.train(task, recipe, data)[1]
 
 
-def _train_for(parent: int, folder: str, task: Task, recipe: Recipe, data: Dataset) -> tuple[Task, dict[str, Any]]:
+def _train_for(
+    parent: int, folder: str, task: Task, recipe: Recipe, data: Dataset, environment: Environment
+) -> tuple[Task, Row]:
     _end_with(parent)
     if folder not in sys.path:
         # a worker that is used again may have started elsewhere
         sys.path.insert(0, folder)
-    return _train(task, recipe, data)
+    return _train(task, recipe, data, environment)
 
 
 @cache
@@ -83,7 +90,8 @@ def _end_with(parent: int) -> None:
 def _processes(tasks: Sequence[Task], recipe: Recipe, data: Dataset, jobs: int) -> Finished:
     from joblib import Parallel, delayed, parallel_config
 
-    calls = (delayed(_train_for)(os.getpid(), os.getcwd(), task, recipe, data) for task in tasks)
+    environment = framework_of(recipe.model).environment()
+    calls = (delayed(_train_for)(os.getpid(), os.getcwd(), task, recipe, data, environment) for task in tasks)
     try:
         with parallel_config(backend="loky", n_jobs=jobs, inner_max_num_threads=1):
             yield from Parallel(return_as="generator_unordered", batch_size=1)(calls)
@@ -107,9 +115,10 @@ def _dask(tasks: Sequence[Task], recipe: Recipe, data: Dataset, address: str | N
             f"--parallel dask needs a running cluster at --cluster tcp://HOST:PORT, got {address!r}: {error}"
         ) from error
     try:
+        environment = framework_of(recipe.model).environment()
         with parallel_config(backend="dask", n_jobs=-1, client=client, scatter=[data]):
             yield from Parallel(return_as="generator_unordered", batch_size=1)(
-                delayed(_train)(task, recipe, data) for task in tasks
+                delayed(_train)(task, recipe, data, environment) for task in tasks
             )
     finally:
         if address:
@@ -145,7 +154,8 @@ def _ray(tasks: Sequence[Task], recipe: Recipe, data: Dataset, address: str | No
         ) from error
     try:
         remote, shared = ray.remote(num_cpus=1)(_train), ray.put(data)
-        pending = [remote.remote(task, recipe, shared) for task in tasks]
+        environment = framework_of(recipe.model).environment()
+        pending = [remote.remote(task, recipe, shared, environment) for task in tasks]
         while pending:
             done, pending = ray.wait(pending)
             yield ray.get(done[0])

@@ -1,6 +1,5 @@
 """The networks that are compared: the same for every arm but for what the arm declares."""
 
-import inspect
 import math
 import threading
 from collections.abc import Callable
@@ -10,9 +9,10 @@ import torch
 from torch import nn
 
 from batchnorm.errors import OptionError
+from batchnorm.lab import factories
 from batchnorm.lab.arms import Arm
+from batchnorm.lab.factories import Factory
 from batchnorm.moments import Moments
-from batchnorm.rooms import import_named
 from batchnorm.torch import BatchNorm1d, BatchNorm2d
 
 __all__ = ["ACTIVATIONS", "NETWORKS", "Standardize", "build", "factory_of", "hidden"]
@@ -25,8 +25,6 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
 }
-
-Factory = Callable[[tuple[int, ...], int, Arm], nn.Module]
 
 VALUES_AT_ONCE = 2**14
 
@@ -152,15 +150,7 @@ def build(model: str, shape: tuple[int, ...], classes: int, arm: Arm, seed: int,
     factory = factory_of(model)
     with GLOBAL_RNG, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            network = factory(shape, classes, arm)
-        except OptionError:
-            raise
-        except Exception as error:
-            raise OptionError(
-                f"{model}(shape={shape}, classes={classes}, arm={arm.name!r}) must return a torch module, but raised "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        network = factories.called(factory, model, shape, classes, arm, "a torch module")
     if not isinstance(network, nn.Module):
         raise OptionError(f"{model} must return a torch.nn.Module, it returned a {type(network).__name__}")
     flat = [nn.Flatten()] if model in _FLAT and len(shape) > 1 else []
@@ -174,21 +164,7 @@ def factory_of(model: str) -> Factory:
     Raises:
         OptionError: no such network, module or factory, or one that does not take these arguments.
     """
-    if model in NETWORKS:
-        return NETWORKS[model]
-    if ":" not in model:
-        raise OptionError(
-            f"unknown model {model!r}: choose from {', '.join(NETWORKS)}, or name your own as package.module:factory"
-        )
-    try:
-        factory: Any = import_named(model)
-    except (ImportError, AttributeError) as error:
-        raise OptionError(f"model {model!r} can't be loaded: {error}") from error
-    try:
-        inspect.signature(factory).bind((1,), 2, None)
-    except TypeError as error:
-        raise OptionError(f"{model} must take the arguments (shape, classes, arm): {error}") from None
-    return factory  # type: ignore[no-any-return]
+    return factories.factory_of(model, NETWORKS)
 
 
 def _input(arm: Arm, rows: torch.Tensor) -> list[nn.Module]:

@@ -74,6 +74,7 @@ def facts_of(plan: Plan, found: Comparison) -> dict[str, Any]:
             "error": best.deployed.error,
             "bound": best.deployed.bound,
             "onnx": best.onnx,
+            "left_out": best.left_out,
         },
     }
 

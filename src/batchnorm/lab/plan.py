@@ -1,9 +1,7 @@
 """The plan of a comparison: everything that decides its numbers."""
 
-import hashlib
 import math
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -11,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from batchnorm.errors import DataError, OptionError
 from batchnorm.lab.arms import ARMS, Arm
 from batchnorm.lab.data import ARRAYS, Dataset
-from batchnorm.lab.networks import NETWORKS, build, factory_of
-from batchnorm.lab.train import Recipe, Task
+from batchnorm.lab.frameworks import Framework, framework_of
+from batchnorm.lab.tasks import Recipe, Task
 from batchnorm.lab.verdicts import Margins
 
 __all__ = ["Plan", "at_least", "rates_of", "source_options"]
@@ -35,6 +32,11 @@ class Plan:
     margins: Margins
     threshold: float | None
     source_options: tuple[str, ...]
+
+    @property
+    def framework(self) -> Framework:
+        """What builds and trains the networks."""
+        return framework_of(self.recipe.model)
 
     @property
     def tasks(self) -> list[Task]:
@@ -58,19 +60,17 @@ class Plan:
                     f"{self.data.source}: a batch of arm {arm.name!r} needs {size} training rows, there are "
                     f"{len(split.y_train)} of {len(self.data.y)} rows: choose a smaller --batch-size"
                 )
-            x = torch.from_numpy(split.x_train[: max(2, size)])
-            network = build(self.recipe.model, self.data.shape, len(self.data.classes), arm, 0, x)
-            _check_output(network, x, arm, len(self.data.classes), self.recipe.model)
+            self.framework.check(self.recipe.model, self.data, arm, split.x_train[: max(2, size)])
 
     def identity(self) -> dict[str, Any]:
         """What rows must share to be compared; arms, learning rates and seeds may be added later."""
         return {
             "data": self.data.fingerprint,
             "model": self.recipe.model,
-            "model source": _source_of(self.recipe.model),
+            "model source": self.framework.source_of(self.recipe.model),
             "steps": self.recipe.steps,
             "batch_size": self.recipe.batch_size,
-            "torch": torch.__version__,
+            **self.framework.versions(),
         }
 
     def command(self, folder: Path) -> str:
@@ -115,24 +115,3 @@ def at_least(least: int, name: str, value: int) -> int:
     if value < least:
         raise OptionError(f"{name} must be at least {least}, got {value}")
     return value
-
-
-def _check_output(network: torch.nn.Module, x: torch.Tensor, arm: Arm, classes: int, model: str) -> None:
-    try:
-        with torch.no_grad():
-            logits = network(x)
-    except Exception as error:
-        raise OptionError(
-            f"{model} with arm {arm.name!r} must run on rows of shape {tuple(x.shape[1:])}: {error}"
-        ) from error
-    if not isinstance(logits, torch.Tensor) or logits.shape != (len(x), classes):
-        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise OptionError(f"{model} must return one logit for each class, {(len(x), classes)}, got {got}")
-
-
-def _source_of(model: str) -> str | None:
-    """Return a digest of the file that a user's factory stands in: rows of an older version are not mixed in."""
-    if model in NETWORKS:
-        return None
-    file = getattr(sys.modules.get(factory_of(model).__module__), "__file__", None)
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from batchnorm.lab.train import Task
+from batchnorm.lab.tasks import Task
 from batchnorm.progress import Progress
 
 __all__ = ["Runs"]

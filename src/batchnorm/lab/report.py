@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -37,6 +36,7 @@ def write_report(plan: Plan, found: Comparison) -> str:
         opening: [verdict for verdict in found.verdicts if verdict.question == question]
         for question, opening in _OPENINGS.items()
     }
+    versions = ", ".join(f"{name} {version}" for name, version in plan.framework.versions().items())
     return environment.get_template("report.html.jinja").render(
         plan=plan,
         found=found,
@@ -52,7 +52,7 @@ def write_report(plan: Plan, found: Comparison) -> str:
         guess=math.log(len(plan.data.classes)),
         command=plan.command(found.out or Path("comparison")),
         memory=max(row["memory_mb"] for row in rows),
-        machine=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}",
+        machine=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {versions}",
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchnorm.lab.deploy import Deployed
+from batchnorm.lab.shipping import Deployed
 from batchnorm.lab.tables import results_table
-from batchnorm.lab.train import Task
+from batchnorm.lab.tasks import Task
 from batchnorm.lab.verdicts import ArmResult, Evidence, Verdict
 from batchnorm.summary import Summary
 
@@ -24,7 +24,8 @@ class Best:
         deployed: the folded network and its proof.
         summary: layers and parameters before folding.
         files: where it was saved; empty without an output folder.
-        onnx: operators and error of the ONNX model; empty without an output folder.
+        onnx: operators and error of the ONNX model; empty without one.
+        left_out: a file that could not be written, and why; empty where all were.
     """
 
     task: Task
@@ -34,6 +35,7 @@ class Best:
     summary: Summary
     files: tuple[Path, ...]
     onnx: dict[str, Any]
+    left_out: str = ""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from batchnorm.errors import OutputError
-from batchnorm.lab.train import Task
+from batchnorm.lab.tasks import Task
 
 __all__ = ["Store"]
 

@@ -1,59 +1,35 @@
 """Train one network: one arm, one learning rate, one seed. The same task gives the same numbers everywhere."""
 
 import math
-import os
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own abbreviation
 from torch import nn
 
 from batchnorm.errors import BatchNormWarning, NonFiniteError
-from batchnorm.lab.arms import Arm
 from batchnorm.lab.data import Dataset, Split
 from batchnorm.lab.networks import ACTIVATIONS, GLOBAL_RNG, build
+from batchnorm.lab.tasks import (
+    CURVE_POINTS,
+    CURVE_ROWS,
+    PERCENTILE_POINTS,
+    PERCENTILES,
+    PROBE_ROWS,
+    PROBE_UNITS,
+    Recipe,
+    Task,
+    batches,
+    row_of,
+)
 from batchnorm.torch.evaluation import evaluating
 
 __all__ = ["Recipe", "Task", "one_thread", "score", "train", "train_network"]
-
-CURVE_POINTS = 50
-PERCENTILE_POINTS = 20
-PERCENTILES = (0.15, 0.50, 0.85)
-PROBE_ROWS = 256
-PROBE_UNITS = 32
-CURVE_ROWS = 2000
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """What all runs of a comparison share.
-
-    Args:
-        model: name of a network, or ``package.module:factory``.
-        steps: of stochastic gradient descent, at a constant learning rate, without momentum.
-        batch_size: rows a step, where the arm names none; the last odd batch of an epoch is left out.
-    """
-
-    model: str
-    steps: int
-    batch_size: int
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """One run of a comparison."""
-
-    arm: Arm
-    learning_rate: float
-    seed: int
 
 
 def train(task: Task, recipe: Recipe, data: Dataset) -> dict[str, Any]:
@@ -71,12 +47,12 @@ def train_network(task: Task, recipe: Recipe, data: Dataset) -> tuple[nn.Module,
     watch = _Watch(network, split, recipe.steps)
     parameters = [p for p in network.parameters() if p.requires_grad]
     diverged, step = False, 0
-    batches = _batches(len(y), task.arm.batch_size or recipe.batch_size, task.seed)
+    stream = batches(len(y), task.arm.batch_size or recipe.batch_size, task.seed)
     with _own_rng(task.seed), _expecting_divergence():
         network.train()
         try:
             for step in range(1, recipe.steps + 1):
-                rows = next(batches)
+                rows = torch.from_numpy(next(stream))
                 loss = F.cross_entropy(network(x[rows]), y[rows])
                 diverged = not math.isfinite(loss.item())
                 if diverged:
@@ -85,25 +61,17 @@ def train_network(task: Task, recipe: Recipe, data: Dataset) -> tuple[nn.Module,
                 watch.look(step, loss.item())
         except NonFiniteError:
             diverged = True
-    val, test = score(network, split.x_val, split.y_val), score(network, split.x_test, split.y_test)
-    diverged = diverged or not math.isfinite(val[0] + test[0])
-    row = {
-        "arm": task.arm.name,
-        "learning_rate": task.learning_rate,
-        "seed": task.seed,
-        "status": "diverged" if diverged else "trained",
-        "steps": step,
-        "val_log_loss": None if diverged else val[0],
-        "val_accuracy": None if diverged else val[1],
-        "test_log_loss": None if diverged else test[0],
-        "test_accuracy": None if diverged else test[1],
-        "curve": watch.curve,
-        "units": watch.units(),
-        "seconds": time.perf_counter() - started,
-        "memory_mb": _peak_memory_mb(),
-        "threads": torch.get_num_threads(),
-        "worker": os.getpid(),
-    }
+    row = row_of(
+        task,
+        diverged=diverged,
+        steps=step,
+        val=score(network, split.x_val, split.y_val),
+        test=score(network, split.x_test, split.y_test),
+        curve=watch.curve,
+        units=watch.units(),
+        seconds=time.perf_counter() - started,
+        threads=torch.get_num_threads(),
+    )
     return network, row
 
 
@@ -129,14 +97,6 @@ def score(network: nn.Module, x: np.ndarray, y: np.ndarray) -> tuple[float, floa
             total += F.cross_entropy(logits.double(), labels, reduction="sum").item()
             right += int((logits.argmax(1) == labels).sum())
     return total / len(y), right / len(y)
-
-
-def _batches(rows: int, size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Yield batches of row numbers for ever, each epoch in an order of its own."""
-    rng = np.random.default_rng(seed)
-    while True:
-        order = torch.from_numpy(rng.permutation(rows))
-        yield from (order[i : i + size] for i in range(0, rows - size + 1, size))
 
 
 @contextmanager
@@ -169,16 +129,6 @@ def _own_rng(seed: int) -> Iterator[None]:
     finally:
         with GLOBAL_RNG:
             torch.set_rng_state(before)
-
-
-def _peak_memory_mb() -> float:
-    """Return the most memory that this process ever held; ``ru_maxrss`` would count that of its parent."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    info = psutil.Process().memory_info()
-    return float(getattr(info, "peak_wset", info.rss)) / 2**20
 
 
 class _Watch:
