@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from batchnorm.observe import observe as observe
     from batchnorm.recalibrate import recalibrate as recalibrate
     from batchnorm.summary import summary as summary
+    from batchnorm.translation import translate as translate
 
 __all__ = [
     "Affine",
@@ -38,6 +39,7 @@ __all__ = [
     "recalibrate",
     "strip_bias",
     "summary",
+    "translate",
 ]
 
 open_lazily(
@@ -55,5 +57,6 @@ open_lazily(
         "recalibrate": ("batchnorm.recalibrate", ""),
         "strip_bias": ("batchnorm.fold", ""),
         "summary": ("batchnorm.summary", ""),
+        "translate": ("batchnorm.translation", ""),
     },
 )
