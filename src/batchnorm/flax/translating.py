@@ -40,6 +40,8 @@ def portable(given: Any) -> Portable:
     """
     if isinstance(given, tuple):
         return _of_linen(*given)
+    if isinstance(given, linen.Module):
+        raise OptionError("a layer of linen must be given with its variables, (module, variables)")
     if not isinstance(given, nnx.BatchNorm) or type(given).__call__ is not nnx.BatchNorm.__call__:
         raise OptionError(f"a layer of Flax must be BatchNorm, got a {type(given).__name__}")
     held = {"scale": given.scale, "bias": given.bias, "mean": given.mean, "var": given.var}
@@ -71,7 +73,7 @@ def _of_linen(module: Any, variables: Any) -> Portable:
 def _portable(kind: str, module: Any, arrays: dict[str, Any]) -> Portable:
     if not isinstance(module.axis, int):
         raise OptionError(f"a layer of Flax must have one axis of channels, got axis={module.axis}")
-    numbers = {name: np.asarray(v, np.float64) for name, v in arrays.items()}
+    numbers = {name: np.array(v, np.float64) for name, v in arrays.items()}
     shapes = {name: v.shape for name, v in numbers.items()}
     if numbers["mean"].ndim != 1 or len(set(shapes.values())) != 1:
         raise OptionError(f"a layer of Flax must hold one number for each channel, got arrays of shapes {shapes}")
@@ -79,12 +81,12 @@ def _portable(kind: str, module: Any, arrays: dict[str, Any]) -> Portable:
         str(getattr(module, "name", None) or ""), numbers["mean"], numbers["var"], numbers.get("scale"), numbers.get("bias"),
         float(module.epsilon), decay=float(module.momentum), unbiased=False,
     )  # fmt: skip
-    statistics = str(jnp.asarray(arrays["mean"]).dtype)
+    statistics = str(arrays["mean"].dtype)
     own = next((arrays[name] for name in ("scale", "bias") if name in arrays), None)
     return Portable(
         kind,
         norm,
-        statistics if own is None else str(jnp.asarray(own).dtype),
+        statistics if own is None else str(own.dtype),
         statistics,
         computes="" if module.dtype is None else str(jnp.dtype(module.dtype)),
         axis=module.axis,
@@ -141,11 +143,18 @@ def _prepared(given: Portable, axis: int | None) -> tuple[dict[str, Any], dict[s
         **{name: given.options[name] for name in _LEFT_OUT if name in given.options},
     }
     wide = "float64" if given.statistics_dtype == "float64" else "float32"
-    named = (("mean", mean, wide), ("var", variance, wide), ("scale", norm.gamma, given.dtype), ("bias", norm.beta, given.dtype))
+    named = (
+        ("mean", mean, wide),
+        ("var", variance, wide),
+        ("scale", norm.gamma, given.dtype),
+        ("bias", norm.beta, given.dtype),
+    )
     arrays = {name: _exact(given, values, dtype) for name, values, dtype in named if values is not None}
     given.note_variance(target, "Flax has no other: translate back with unbiased=True")
     if given.frozen:
-        given.notes.append("it is frozen, Flax has use_running_average=True for it: keep γ and β out of the optimizer yourself")
+        given.notes.append(
+            "it is frozen, Flax has use_running_average=True for it: keep γ and β out of the optimizer yourself"
+        )
     return options, arrays
 
 

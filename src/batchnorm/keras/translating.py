@@ -87,7 +87,12 @@ def layer(given: Portable, *, plain: bool, axis: int | None) -> Any:
         dtype=_policy(given), trainable=not given.frozen, **options,
     )  # fmt: skip
     layer.build(tuple(given.channels if i == place % ndim else None for i in range(ndim)))
-    pairs = (layer.moving_mean, mean), (layer.moving_variance, variance), (layer.gamma, norm.gamma), (layer.beta, norm.beta)
+    pairs = (
+        (layer.moving_mean, mean),
+        (layer.moving_variance, variance),
+        (layer.gamma, norm.gamma),
+        (layer.beta, norm.beta),
+    )
     for variable, values in pairs:
         if variable is not None:
             variable.assign(values)

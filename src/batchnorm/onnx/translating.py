@@ -35,7 +35,9 @@ def portable(given: Any) -> Portable:
     if isinstance(model, onnx.NodeProto):
         model, name = _around(model, name), None
     if not isinstance(model, onnx.ModelProto):
-        raise OptionError(f"an ONNX layer must be a model, (model, name) or (node, initializers), got a {type(model).__name__}")
+        raise OptionError(
+            f"an ONNX layer must be a model, (model, name) or (node, initializers), got a {type(model).__name__}"
+        )
     for held in tensors(model):
         check_tensor(held)
     found = {state.name: state for state in states(model)}
@@ -52,7 +54,9 @@ def portable(given: Any) -> Portable:
         state.name, *numbers, shortest(state.eps), decay=shortest(state.decay or 0.0), unbiased=False
     )  # fmt: skip
     index = Index(model)
-    node = next(n for s in index.scopes.values() for n in s.graph.node if is_norm(n) and index.label(s, n) == state.name)
+    node = next(
+        n for s in index.scopes.values() for n in s.graph.node if is_norm(n) and index.label(s, n) == state.name
+    )
     dtype = next((c.elem_type for s in index.scopes.values() if (c := index.constant(s, node.input[1])) is not None), 0)
     return Portable(
         "ONNX BatchNormalization", norm, FLOATS.get(dtype, state.dtype), state.dtype, dims=_dims(model, node), axis=None
@@ -101,7 +105,12 @@ def layer(given: Portable) -> Any:
     decay = {} if given.norm.decay is None else {"momentum": given.norm.decay}
     names = [tensor.name for tensor in held]
     node = helper.make_node(
-        "BatchNormalization", ["x", *names], ["y"], given.norm.name or "batch_normalization", epsilon=given.norm.eps, **decay
+        "BatchNormalization",
+        ["x", *names],
+        ["y"],
+        given.norm.name or "batch_normalization",
+        epsilon=given.norm.eps,
+        **decay,
     )
     sizes = ["N", len(mean), *(f"D{i}" for i in range(given.rank(target) - 2))]
     ends = [helper.make_tensor_value_info(name, kind, sizes) for name in "xy"]
