@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from batchnorm.observe import observe as observe
     from batchnorm.recalibrate import recalibrate as recalibrate
     from batchnorm.summary import summary as summary
+    from batchnorm.translation import transfer as transfer
     from batchnorm.translation import translate as translate
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "recalibrate",
     "strip_bias",
     "summary",
+    "transfer",
     "translate",
 ]
 
@@ -57,6 +59,7 @@ open_lazily(
         "recalibrate": ("batchnorm.recalibrate", ""),
         "strip_bias": ("batchnorm.fold", ""),
         "summary": ("batchnorm.summary", ""),
+        "transfer": ("batchnorm.translation", ""),
         "translate": ("batchnorm.translation", ""),
     },
 )

@@ -12,6 +12,7 @@ from batchnorm.graph import Norm
 __all__ = ["Portable", "complement", "shortest"]
 
 SHOWN = 60
+STILL = 0.9
 
 
 @dataclass(eq=False, slots=True)
@@ -93,6 +94,9 @@ class Portable:
         Raises:
             OptionError: all batches count alike.
         """
+        if self.norm.decay is None and self.frozen:
+            # which nothing reads
+            return STILL
         if self.norm.decay is None:
             raise OptionError(
                 f"{self.named} has momentum=None (all batches count alike), for which {target} has no counterpart: give it a "

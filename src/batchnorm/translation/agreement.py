@@ -1,0 +1,207 @@
+"""The same inputs for two networks whose channels may be on other axes, and how far their outputs are apart."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from batchnorm.errors import BatchNormError, OptionError, VerificationError
+from batchnorm.graph import Graph
+from batchnorm.models import framework_of
+from batchnorm.protocol import Model
+
+__all__ = ["Agreement", "Meeting", "agree", "meet"]
+
+EXACT = 1e-9
+"""Relative difference in float64: the numbers are the same, only sums are taken in another order, layer after layer."""
+ROUNDED_EPS = 1e-6
+"""The same with ONNX, which holds eps in float32: a relative error of 6e-8 beside a variance that may be smaller than eps."""
+UNJUDGED = 4096
+"""Roundings that are allowed to models that can't be run in float64."""
+_EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+_LAST = ("keras",)
+
+
+@dataclass(slots=True)
+class Meeting:
+    """Two networks with one example.
+
+    Args:
+        graphs: their pictures on it.
+        examples: what each is called with.
+        axes: of the channels in the inputs of each; ``None`` where both have the same.
+    """
+
+    graphs: tuple[Graph, Graph]
+    examples: tuple[Any, Any]
+    axes: tuple[int | None, int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """The largest difference between the outputs of two networks, relative to the largest output.
+
+    Args:
+        precision: the dtype that both computed in.
+        relative: the difference.
+        bound: what it was held against.
+    """
+
+    precision: str
+    relative: float
+    bound: float
+
+    def __float__(self) -> float:
+        return self.relative
+
+    def __str__(self) -> str:
+        return f"{self.precision}: outputs differ by {self.relative:.2g} of the largest (bound {self.bound:.2g})"
+
+
+def meet(source: Model, target: Model, example: Any | None) -> Meeting:
+    """Draw both networks on one example; channels first and channels last are told apart by what each of them takes.
+
+    Args:
+        source: knows what to do with the example.
+        target: gets the same, with its channels on its own axis.
+        example: an input of the source; ``None`` where one of the networks knows its shapes.
+
+    Raises:
+        OptionError: no example, or one that the target can't be called with.
+    """
+    if example is None:
+        try:
+            return _meet(source, target, source.inputs(None, None))
+        except _Unknown:
+            raise
+        except (BatchNormError, AttributeError, TypeError) as error:
+            # a torch module does not know the shapes of its inputs
+            if framework_of(target.model) == framework_of(source.model) == "torch":
+                raise OptionError(f"an example input of the source must be given: {_first(source, error)}") from error
+            turned = _meet(target, source, target.inputs(None, None))
+            return Meeting(turned.graphs[::-1], turned.examples[::-1], turned.axes[::-1])
+    return _meet(source, target, example)
+
+
+class _Unknown(OptionError):
+    """No layout fits."""
+
+
+def _first(source: Model, error: Exception) -> str:
+    try:
+        source.graph(None)
+    except BatchNormError as said:
+        return str(said)
+    return str(error)
+
+
+def _meet(source: Model, target: Model, example: Any) -> Meeting:
+    graph = source.graph(example)
+    arrays = _arrays(source.inputs(example, None))
+    reasons = []
+    for move, axes in _moves(source, target, arrays):
+        theirs = _called(target, [move(array) for array in arrays])
+        try:
+            return Meeting((graph, target.graph(theirs)), (example, theirs), axes)
+        except BatchNormError as error:
+            reasons.append(str(error))
+    raise _Unknown(
+        f"both models must run on one example, but {framework_of(target.model)} takes it neither as it is nor with its channels "
+        f"on the other side: {reasons[0]}"
+    )
+
+
+def _moves(
+    source: Model, target: Model, arrays: list[np.ndarray]
+) -> Iterator[tuple[Any, tuple[int | None, int | None]]]:
+    """Yield how an input of one network may become one of the other, the likely way first, with the axes of the channels."""
+    last = [framework_of(model.model) in _LAST for model in (source, target)]
+    ndim = max((array.ndim for array in arrays), default=0)
+    if last[0] != last[1] and ndim > 2:
+        yield (_to_first, (ndim - 1, 1)) if last[0] else (_to_last, (1, ndim - 1))
+    yield (lambda array: array), (None, None)
+    if last[0] != last[1] and ndim > 2:
+        yield (_to_last, (1, ndim - 1)) if last[0] else (_to_first, (ndim - 1, 1))
+
+
+def _to_first(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(np.moveaxis(array, -1, 1)) if array.ndim > 2 else array
+
+
+def _to_last(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(np.moveaxis(array, 1, -1)) if array.ndim > 2 else array
+
+
+def _arrays(tree: Any) -> list[np.ndarray]:
+    """Return the arrays of an example of any framework."""
+    if isinstance(tree, Mapping):
+        tree = list(tree.values())
+    if isinstance(tree, tuple | list):
+        return [array for item in tree for array in _arrays(item)]
+    if tree is None:
+        return []
+    tree = tree.detach().cpu() if hasattr(tree, "detach") else tree
+    return [np.asarray(tree.float() if str(getattr(tree, "dtype", "")) == "torch.bfloat16" else tree)]
+
+
+def _called(view: Model, arrays: list[np.ndarray]) -> Any:
+    """Return what a network is called with on arrays."""
+    example: Any = arrays[0] if len(arrays) == 1 else tuple(arrays)
+    return view.example_of(example) if framework_of(view.model) == "torch" else example
+
+
+def agree(source: Model, target: Model, meeting: Meeting, uncarried: list[str]) -> Agreement:
+    """Run both networks on the same inputs, in float64 where both can, and raise where their outputs differ.
+
+    Args:
+        source: the one that the numbers are from.
+        target: the one that has them now.
+        meeting: what they are called with.
+        uncarried: names of layers with other numbers, for the message.
+
+    Raises:
+        VerificationError: outputs of other shapes, or other values than rounding explains.
+    """
+    found = max((_compared(source, target, meeting, seed) for seed in (None, 1)), key=lambda one: one.relative)
+    if not found.relative <= found.bound:
+        others = f"; numbers of other layers are not carried: {', '.join(uncarried[:8])}" if uncarried else ""
+        raise VerificationError(
+            f"both models must compute the same with the same numbers, but in {found.precision} their outputs differ by "
+            f"{found.relative:.3g} of the largest, allowed are {found.bound:.3g}{others}. Nothing was returned: do padding, "
+            "activations and pooling agree?"
+        )
+    return found
+
+
+def _compared(source: Model, target: Model, meeting: Meeting, seed: int | None) -> Agreement:
+    inputs = source.inputs(meeting.examples[0], seed)
+    move: Any = {None: lambda array: array, 1: _to_last}.get(meeting.axes[0], _to_first)
+    theirs = target.inputs(_called(target, [move(array) for array in _arrays(inputs)]), None)
+    kinds = {source.precision, target.precision}
+    # to draw a model, or to run it, tells it what it is cast with
+    own = source.outputs(inputs), target.outputs(theirs)
+    wide = source.cast("float64"), target.cast("float64")
+    if wide[0] is not None and wide[1] is not None:
+        own = wide[0].outputs(inputs), wide[1].outputs(theirs)
+        onnx = "onnx" in (framework_of(source.model), framework_of(target.model))
+        bound = max(ROUNDED_EPS if onnx else EXACT, 256 * max(map(_EPS.__getitem__, kinds)) if len(kinds) > 1 else 0.0)
+        return Agreement("float64", _distance(*own), bound)
+    return Agreement(target.precision, _distance(*own), UNJUDGED * max(map(_EPS.__getitem__, kinds)))
+
+
+def _distance(expected: list[np.ndarray], actual: list[np.ndarray]) -> float:
+    if len(expected) != len(actual):
+        return np.inf
+    return max((_relative(e, a) for e, a in zip(expected, actual, strict=True)), default=np.inf)
+
+
+def _relative(expected: np.ndarray, actual: np.ndarray) -> float:
+    """Return the difference of two outputs, whichever side their channels are on."""
+    laid = [moved for move in (lambda v: v, _to_first, _to_last) if (moved := move(actual)).shape == expected.shape]
+    e = expected.astype(np.float64)
+    size = float(np.abs(e).max(initial=0.0))
+    if not np.isfinite(size):
+        return np.inf
+    differences = [float(np.abs(moved.astype(np.float64) - e).max(initial=0.0)) for moved in laid]
+    return min((d if d == d else np.inf for d in differences), default=np.inf) / (size or 1.0)
