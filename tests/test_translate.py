@@ -434,7 +434,7 @@ def test_torch_to_torch_keeps_everything(momentum):
 def test_a_regularizer_of_keras_is_named():
     layer = keras.layers.BatchNormalization(gamma_regularizer="l2")
     layer.build((None, C))
-    with pytest.raises(OptionError, match="has gamma_regularizer=.* for which the torch layer has no counterpart"):
+    with pytest.raises(OptionError, match=r"has gamma_regularizer=.* for which the torch layer has no counterpart"):
         bn.translate(layer, "torch")
     assert bn.translate(layer, "keras").gamma_regularizer is layer.gamma_regularizer
 
@@ -563,7 +563,7 @@ def test_what_is_no_batch_normalization_is_refused(source, text):
 
 def test_variables_of_flax_are_checked():
     module, variables = Linen.make(**CASES["usual"], numbers=vectors(1))
-    with pytest.raises(OptionError, match="variables must hold batch_stats with mean, var, .* got nothing"):
+    with pytest.raises(OptionError, match=r"variables must hold batch_stats with mean, var, .* got nothing"):
         bn.translate((module, {"params": variables["params"]}), "torch")
     short = {**variables, "batch_stats": {"mean": jnp.zeros(2), "var": jnp.ones(C)}}
     with pytest.raises(OptionError, match=r"one number for each channel, got arrays of shapes .*'mean': \(2,\)"):

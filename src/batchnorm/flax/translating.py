@@ -58,7 +58,7 @@ def _of_linen(module: Any, variables: Any) -> Portable:
     if not isinstance(module, linen.BatchNorm) or type(module).__call__ is not linen.BatchNorm.__call__:
         raise OptionError(f"a layer of Flax must be BatchNorm, got a {type(module).__name__}")
     wanted = {"params": [*["scale"] * module.use_scale, *["bias"] * module.use_bias], "batch_stats": ["mean", "var"]}
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for collection, names in wanted.items():
         found = variables.get(collection, {}) if isinstance(variables, Mapping) else {}
         if not isinstance(found, Mapping) or set(found) != set(names):
@@ -104,10 +104,9 @@ def layer(given: Portable, *, axis: int | None) -> FlaxLayer:
     module = linen.BatchNorm(
         use_running_average=True if given.frozen else None, force_float32_reductions=given.dtype != "float64", **options
     )
-    parameters = {name: arrays[name] for name in ("scale", "bias") if name in arrays}
-    statistics = {name: arrays[name] for name in ("mean", "var")}
+    variables = {"batch_stats": {name: arrays.pop(name) for name in ("mean", "var")}}
     # a layer without γ and β has no such collection
-    return FlaxLayer(module, {**({"params": parameters} if parameters else {}), "batch_stats": statistics})
+    return FlaxLayer(module, {"params": arrays, **variables} if arrays else variables)
 
 
 def nnx_layer(given: Portable, *, axis: int | None) -> Any:

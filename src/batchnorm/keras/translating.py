@@ -95,6 +95,7 @@ def layer(given: Portable, *, plain: bool, axis: int | None) -> Any:
     )
     for variable, values in pairs:
         if variable is not None:
+            assert values is not None  # noqa: S101
             variable.assign(values)
             _check_exact(variable, values)
     return layer

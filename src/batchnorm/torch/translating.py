@@ -94,16 +94,17 @@ def _frozen(module: Any) -> Portable:
     """Return what a module does that keeps its numbers as constants, as in torchvision."""
     name = type(module).__name__
     names = ("running_mean", "running_var", "weight", "bias")
-    mean, variance, gamma, beta = vectors = [getattr(module, key, None) for key in names]
+    vectors: list[Any] = [getattr(module, key, None) for key in names]
     eps = getattr(module, "eps", None)
     if not all(isinstance(v, Tensor) and v.ndim == 1 for v in vectors) or not isinstance(eps, float):
         raise OptionError(
             f"a torch layer must be batch normalization, or keep running_mean, running_var, weight, bias and eps, got a {name}"
         )
-    norm = Norm("", *(_array(v) for v in (mean, variance, gamma, beta)), eps, unbiased=True)
+    mean, variance, gamma, beta = (_array(v) for v in vectors)
+    norm = Norm("", mean, variance, gamma, beta, eps, unbiased=True)
     dims = next((n for n in (2, 3, 1, 0) if f"{max(n, 1)}d" in name), 2)
     _prove(module, norm, dims)
-    held = _dtype(gamma), _dtype(mean)
+    held = _dtype(vectors[2]), _dtype(vectors[0])
     return Portable(f"torch {name}", norm, *held, dims=dims, frozen=True)
 
 
@@ -158,7 +159,7 @@ def layer(given: Portable, *, plain: bool) -> nn.Module:
         for name in ("running_mean", "running_var"):
             made._buffers[name] = made._buffers[name].to(getattr(torch, given.statistics_dtype))
     _fill(made, norm, given.updates or 0)
-    return _as_frozen(made, given, plain) if given.frozen else made  # type: ignore[no-any-return]
+    return _as_frozen(made, given, plain) if given.frozen else made
 
 
 def _fill(made: Any, norm: Norm, updates: int) -> None:

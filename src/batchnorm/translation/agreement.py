@@ -19,6 +19,8 @@ ROUNDED_EPS = 1e-6
 """The same with ONNX, which holds eps in float32: a relative error of 6e-8 beside a variance that may be smaller than eps."""
 UNJUDGED = 4096
 """Roundings that are allowed to models that can't be run in float64."""
+ROUNDINGS = 256
+"""The same where the numbers of one network were rounded to the dtype of the other."""
 _EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 _LAST = ("keras",)
 
@@ -163,7 +165,12 @@ def agree(source: Model, target: Model, meeting: Meeting, uncarried: list[str]) 
     Raises:
         VerificationError: outputs of other shapes, or other values than rounding explains.
     """
-    found = max((_compared(source, target, meeting, seed) for seed in (None, 1)), key=lambda one: one.relative)
+    move: Any = {None: lambda array: array, 1: _to_last}.get(meeting.axes[0], _to_first)
+    runs = []
+    for seed in (None, 1):
+        inputs = source.inputs(meeting.examples[0], seed)
+        runs.append((inputs, target.inputs(_called(target, [move(array) for array in _arrays(inputs)]), None)))
+    found = _compared(source, target, runs)
     if not found.relative <= found.bound:
         others = f"; numbers of other layers are not carried: {', '.join(uncarried[:8])}" if uncarried else ""
         raise VerificationError(
@@ -174,20 +181,18 @@ def agree(source: Model, target: Model, meeting: Meeting, uncarried: list[str]) 
     return found
 
 
-def _compared(source: Model, target: Model, meeting: Meeting, seed: int | None) -> Agreement:
-    inputs = source.inputs(meeting.examples[0], seed)
-    move: Any = {None: lambda array: array, 1: _to_last}.get(meeting.axes[0], _to_first)
-    theirs = target.inputs(_called(target, [move(array) for array in _arrays(inputs)]), None)
+def _compared(source: Model, target: Model, runs: list[tuple[Any, Any]]) -> Agreement:
     kinds = {source.precision, target.precision}
-    # to draw a model, or to run it, tells it what it is cast with
-    own = source.outputs(inputs), target.outputs(theirs)
+    # whether they can be cast, too, is found out by a run
+    own = [(source.outputs(ours), target.outputs(theirs)) for ours, theirs in runs]
+    coarsest = max(_EPS[kind] for kind in kinds)
     wide = source.cast("float64"), target.cast("float64")
-    if wide[0] is not None and wide[1] is not None:
-        own = wide[0].outputs(inputs), wide[1].outputs(theirs)
-        onnx = "onnx" in (framework_of(source.model), framework_of(target.model))
-        bound = max(ROUNDED_EPS if onnx else EXACT, 256 * max(map(_EPS.__getitem__, kinds)) if len(kinds) > 1 else 0.0)
-        return Agreement("float64", _distance(*own), bound)
-    return Agreement(target.precision, _distance(*own), UNJUDGED * max(map(_EPS.__getitem__, kinds)))
+    if wide[0] is None or wide[1] is None:
+        return Agreement(target.precision, max(_distance(*pair) for pair in own), UNJUDGED * coarsest)
+    distance = max(_distance(wide[0].outputs(ours), wide[1].outputs(theirs)) for ours, theirs in runs)
+    onnx = "onnx" in (framework_of(source.model), framework_of(target.model))
+    rounded = ROUNDINGS * coarsest if len(kinds) > 1 else 0.0
+    return Agreement("float64", distance, max(ROUNDED_EPS if onnx else EXACT, rounded))
 
 
 def _distance(expected: list[np.ndarray], actual: list[np.ndarray]) -> float:

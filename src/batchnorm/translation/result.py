@@ -18,12 +18,14 @@ class Carried:
         target: dotted name of the layer that has them now.
         what: what was carried.
         note: what could not be, and what was added; empty where everything is the same.
+        eps: of a batch normalization layer, that of the source and the one that the target had; ``None`` for other layers.
     """
 
     source: str
     target: str
     what: str
     note: str = ""
+    eps: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,12 +72,13 @@ def _row(a: Call, b: Call, now: Norm | Weights, framework: str) -> Carried:
     notes = ["features in another order"] if _order(a.flat, b.flat) is not None else []
     if isinstance(a.layer, Norm):
         assert isinstance(now, Norm)  # noqa: S101
-        what, more = _said(a.layer), _differences(a.layer, now, framework)
+        assert isinstance(b.layer, Norm)  # noqa: S101
+        what, more, eps = _said(a.layer), _differences(a.layer, now, framework), (a.layer.eps, b.layer.eps)
     else:
-        has_bias = a.layer.read()[1] is not None
+        has_bias, eps = a.layer.read()[1] is not None, None
         what = f"weight {'×'.join(map(str, a.kind[1]))}{', bias' if has_bias else ''}"
         more = ["bias of zeros"] if b.layer.has_bias and not has_bias else []  # type: ignore[union-attr]
-    return Carried(a.layer.name, b.layer.name, what, ", ".join(notes + more))
+    return Carried(a.layer.name, b.layer.name, what, ", ".join(notes + more), eps)
 
 
 def _layers(found: list[tuple[Call, Call]]) -> Pairs:
@@ -152,7 +153,7 @@ def _differences(source: Norm, now: Norm, framework: str) -> list[str]:
     if source.decay is None and now.decay is not None:
         notes.append(f"keeps its decay of {now.decay:.4g}")
     if None not in (source.unbiased, now.unbiased) and source.unbiased != now.unbiased:
-        notes.append(f"moves its variance on {'unbiased' if now.unbiased else 'biased'}")
+        notes.append(f"{'unbiased' if now.unbiased else 'biased'} variance from now on")
     return notes
 
 
