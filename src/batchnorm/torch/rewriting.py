@@ -44,14 +44,7 @@ def rewrite(model: nn.Module, changes: Changes, biases: tuple[str, ...] = ()) ->
         model.get_submodule(weights.key.module).register_parameter("bias", None)
     for weights in changes.weights:
         _tell_sizes(model.get_submodule(weights.key.module), changes.groups.get(weights))
-    for norm, mean in changes.means.items():
-        _store_vector(model, norm, "running_mean", mean)
-    for norm, gamma in changes.gammas.items():
-        _store_vector(model, norm, "weight", gamma)
-    for norm, taken in changes.numbers.items():
-        _take_numbers(model, norm, taken)
-    for norm, channels in changes.channels.items():
-        _keep_channels(model.get_submodule(norm.key.module), channels)
+    _write_norms(model, changes)
     stand_ins = {}
     for norm, replacement in changes.norms.items():
         if norm.key.nodes:
@@ -61,6 +54,17 @@ def rewrite(model: nn.Module, changes: Changes, biases: tuple[str, ...] = ()) ->
             old = model.get_submodule(norm.key.module)
             stand_ins[old] = _stand_in(old, norm.key, replacement)
     return replace_modules(model, stand_ins)
+
+
+def _write_norms(model: nn.Module, changes: Changes) -> None:
+    for norm, mean in changes.means.items():
+        _store_vector(model, norm, "running_mean", mean)
+    for norm, gamma in changes.gammas.items():
+        _store_vector(model, norm, "weight", gamma)
+    for norm, taken in changes.numbers.items():
+        _take_numbers(model, norm, taken)
+    for norm, channels in changes.channels.items():
+        _keep_channels(model.get_submodule(norm.key.module), channels)
 
 
 def _store(model: nn.Module, site: Any, weight: Tensor, bias: Tensor | None) -> None:

@@ -75,7 +75,7 @@ def meet(source: Model, target: Model, example: Any | None) -> Meeting:
     if example is None:
         try:
             return _meet(source, target, source.inputs(None, None))
-        except _Unknown:
+        except _NoLayoutError:
             raise
         except (BatchNormError, AttributeError, TypeError) as error:
             # a torch module does not know the shapes of its inputs
@@ -86,7 +86,7 @@ def meet(source: Model, target: Model, example: Any | None) -> Meeting:
     return _meet(source, target, example)
 
 
-class _Unknown(OptionError):
+class _NoLayoutError(OptionError):
     """No layout fits."""
 
 
@@ -108,9 +108,9 @@ def _meet(source: Model, target: Model, example: Any) -> Meeting:
             return Meeting((graph, target.graph(theirs)), (example, theirs), axes)
         except BatchNormError as error:
             reasons.append(str(error))
-    raise _Unknown(
-        f"both models must run on one example, but {framework_of(target.model)} takes it neither as it is nor with its channels "
-        f"on the other side: {reasons[0]}"
+    raise _NoLayoutError(
+        f"both models must run on one example, but {framework_of(target.model)} takes it neither as it is nor with its "
+        f"channels on the other side: {reasons[0]}"
     )
 
 

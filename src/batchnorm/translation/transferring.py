@@ -34,7 +34,8 @@ def transfer(source: Any, target: Any, example: Any | None = None) -> Transfer:
         example: an input of the source, optional where one of the two knows its shapes.
 
     Returns:
-        `Transfer`: ``model``, a copy of the target with the numbers of the source, ``carried`` and ``error``; prints as a table.
+        `Transfer`: ``model``, a copy of the target with the numbers of the source, ``carried`` and ``error``; prints as a
+        table.
 
     Raises:
         OptionError: a layer that has no counterpart; the first pair that does not fit is named.
@@ -119,8 +120,8 @@ def _numbers(a: Call, b: Call) -> Norm:
     for norm, side in ((source, "source"), (target, "target")):
         if norm.by_batch:
             raise OptionError(
-                f"layer {norm.name!r} of the {side} must normalize by running statistics, it does so by those of the batch: put "
-                "the model into evaluation, model.eval()"
+                f"layer {norm.name!r} of the {side} must normalize by running statistics, it does so by those of the batch: "
+                "put the model into evaluation, model.eval()"
             )
         if norm.mean is None or norm.variance is None:
             raise OptionError(

@@ -43,8 +43,8 @@ def translate(
     Args:
         source: a layer. Of torch: ``torch.nn.BatchNorm1d``, ``2d``, ``3d``, ``SyncBatchNorm``, ours, or a frozen one with
             ``running_mean``, ``running_var``, ``weight``, ``bias`` and ``eps``. Of Keras: ``BatchNormalization``, Keras's or
-            ours, built. Of Flax: ``(module, variables)`` of ``flax.linen.BatchNorm``, where the arguments of its constructor may
-            stand for the module, or a ``flax.nnx.BatchNorm``. Of ONNX: a ``ModelProto`` with one BatchNormalization,
+            ours, built. Of Flax: ``(module, variables)`` of ``flax.linen.BatchNorm``, where the arguments of its constructor
+            may stand for the module, or a ``flax.nnx.BatchNorm``. Of ONNX: a ``ModelProto`` with one BatchNormalization,
             ``(model, name of the node)``, or ``(node, initializers)``.
         to: ``"torch"``, ``"keras"``, ``"flax"`` (linen), ``"nnx"`` (Flax's other style) or ``"onnx"``.
         plain: for torch and Keras: a layer of the framework's own class, and not of ours.
