@@ -219,6 +219,8 @@ PAIRS = [
     pytest.param(home, to, case, id=f"{home}-{to}-{case}")
     for home, to, case in product(SIDES, SIDES, CASES)
     if not (home == "torch" and case == "no scale")
+    # three cases are enough once for each framework, to and fro
+    and (case in ("usual", "bare") or "keras" in (home, to))
 ]
 
 
@@ -277,7 +279,7 @@ TRAINED = [
 ]
 
 
-@pytest.mark.parametrize("case", ["usual", "bare", "no shift"])
+@pytest.mark.parametrize("case", ["usual", "bare"])
 @pytest.mark.parametrize(
     ("home", "cls", "options", "unbiased", "to"),
     [
@@ -324,8 +326,9 @@ def test_every_number_of_axes_in_both_layouts(cls, shape, axis):
     back = bn.translate(layer, "torch")
     assert isinstance(back, {nn.BatchNorm1d: batchnorm.torch.BatchNorm1d}.get(cls, cls))
     assert_near(Torch.evaluate(back, x), Torch.evaluate(source, x))
-    module, variables = quietly(source, "flax", axis=axis)
-    assert_near(np.asarray(module.apply(variables, given, use_running_average=True)), y)
+    if cls is nn.BatchNorm2d:
+        module, variables = quietly(source, "flax", axis=axis)
+        assert_near(np.asarray(module.apply(variables, given, use_running_average=True)), y)
     session = quietly(source, "onnx", dims=len(shape) - 2)
     assert_near(Onnx.evaluate(session, x), Torch.evaluate(source, x))
 
@@ -373,6 +376,19 @@ def test_options_that_both_have_are_carried():
     back = bn.translate(layer, "torch")
     assert back.options == source.options
     assert repr(back) == repr(source)
+
+
+def test_a_debiased_layer_goes_on_from_the_same_step():
+    layer = batchnorm.torch.BatchNorm2d(C, momentum=0.02, debias=True)
+    first, *data = batches(6)
+    Torch.train(layer, [first])
+    abroad = bn.translate(layer, "keras")
+    back = bn.translate(abroad, "torch")
+    Torch.train(layer, data)
+    for a, e in zip(Keras.stored(Keras.train(abroad, data))[2:], Torch.stored(layer)[2:], strict=True):
+        assert_near(a, e)
+    assert int(Torch.train(back, data).num_batches_tracked) == int(layer.num_batches_tracked) == 6
+    assert_near(Torch.stored(back)[3], Torch.stored(layer)[3])
 
 
 @pytest.mark.parametrize(
