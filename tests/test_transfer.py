@@ -141,7 +141,7 @@ def test_an_exported_program_takes_numbers_but_no_other_eps():
     # and back, into a module
     assert torch.equal(bn.transfer(found.model, small().eval()).model[1].running_var, source[1].running_var)
     with pytest.raises(
-        OptionError, match="has eps = 0.001 as a constant of its program, it must be 0.5: export the model"
+        OptionError, match=r"has eps = 0\.001 as a constant of its program, it must be 0\.5: export the model"
     ):
         bn.transfer(small(eps=0.5).eval(), program, torch.zeros(SHAPE))
 
@@ -215,7 +215,7 @@ def test_shared_layers_must_be_shared():
     both = bn.transfer(Twice(True).eval(), Twice(True).eval(), x)
     assert len(both.carried) == 1
     for source, target in ((True, False), (False, True)):
-        with pytest.raises(OptionError, match="both models must share the same layers between their calls: '[ab]'"):
+        with pytest.raises(OptionError, match=r"both models must share the same layers between their calls: '[ab]'"):
             bn.transfer(Twice(source).eval(), Twice(target).eval(), x)
 
 
@@ -260,7 +260,7 @@ def test_models_in_training_are_refused():
 
 
 def test_an_example_is_asked_for():
-    with pytest.raises(OptionError, match="a torch module must be given an example input"):
+    with pytest.raises(OptionError, match="an example input of the source must be given, neither"):
         bn.transfer(small().eval(), small().eval())
 
 

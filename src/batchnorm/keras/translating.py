@@ -30,7 +30,7 @@ def portable(given: Any) -> Portable:
     if not given.built:
         raise OptionError(f"layer {given.name!r} must be built, so that it holds numbers: call it once first")
     mean, variance, gamma, beta = numbers_of(given)
-    ours = isinstance(given, BatchNormalization)
+    ours, updates = isinstance(given, BatchNormalization), getattr(given, "updates", None)
     ndim, dtype = given.input_spec.ndim, _dtype(given.moving_mean)
     return Portable(
         f"Keras {name}",
@@ -43,6 +43,7 @@ def portable(given: Any) -> Portable:
         dims=max(0, ndim - 2),
         axis=-1 if given.axis % ndim == ndim - 1 else given.axis % ndim,
         frozen=not given.trainable,
+        updates=None if updates is None else int(as_array(updates.value)),
         options=_options(given, ours),
     )  # fmt: skip
 
@@ -98,6 +99,9 @@ def layer(given: Portable, *, plain: bool, axis: int | None) -> Any:
             assert values is not None  # noqa: S101
             variable.assign(values)
             _check_exact(variable, values)
+    if getattr(layer, "updates", None) is not None:
+        # by which it forgets its initial values
+        layer.updates.assign(given.updates or 0)
     return layer
 
 

@@ -72,30 +72,18 @@ def meet(source: Model, target: Model, example: Any | None) -> Meeting:
     Raises:
         OptionError: no example, or one that the target can't be called with.
     """
-    if example is None:
-        try:
-            return _meet(source, target, source.inputs(None, None))
-        except _NoLayoutError:
-            raise
-        except (BatchNormError, AttributeError, TypeError) as error:
-            # a torch module does not know the shapes of its inputs
-            if framework_of(target.model) == framework_of(source.model) == "torch":
-                raise OptionError(f"an example input of the source must be given: {_first(source, error)}") from error
-            turned = _meet(target, source, target.inputs(None, None))
-            return Meeting(turned.graphs[::-1], turned.examples[::-1], turned.axes[::-1])
-    return _meet(source, target, example)
-
-
-class _NoLayoutError(OptionError):
-    """No layout fits."""
-
-
-def _first(source: Model, error: Exception) -> str:
-    try:
-        source.graph(None)
-    except BatchNormError as said:
-        return str(said)
-    return str(error)
+    if example is not None:
+        return _meet(source, target, example)
+    if (own := source.inputs(None, None)) is not None:
+        return _meet(source, target, own)
+    # a torch module does not know the shapes of its inputs
+    if (theirs := target.inputs(None, None)) is not None:
+        turned = _meet(target, source, theirs)
+        return Meeting(turned.graphs[::-1], turned.examples[::-1], turned.axes[::-1])
+    raise OptionError(
+        "an example input of the source must be given, neither model knows the shapes of its own: transfer(source, target, "
+        "torch.randn(2, 3, 224, 224)), or --input 2,3,224,224"
+    )
 
 
 def _meet(source: Model, target: Model, example: Any) -> Meeting:
@@ -108,7 +96,7 @@ def _meet(source: Model, target: Model, example: Any) -> Meeting:
             return Meeting((graph, target.graph(theirs)), (example, theirs), axes)
         except BatchNormError as error:
             reasons.append(str(error))
-    raise _NoLayoutError(
+    raise OptionError(
         f"both models must run on one example, but {framework_of(target.model)} takes it neither as it is nor with its "
         f"channels on the other side: {reasons[0]}"
     )
