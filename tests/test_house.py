@@ -29,6 +29,8 @@ NAMES = {
         "recalibrate",
         "strip_bias",
         "summary",
+        "transfer",
+        "translate",
     ],
     "batchnorm.functional": [
         "Gradients",
@@ -71,6 +73,7 @@ HEAVY = [
     "keras",
     "tensorflow",
     "jax",
+    "flax",
     "onnx",
     "onnxruntime",
     "triton",
