@@ -84,8 +84,8 @@ def test_the_numbers_of_a_model_of_torch_in_keras():
     layers = keras.layers
     target = keras.Sequential(
         [
-            keras.Input((6, 4, C)), layers.Conv2D(4, 3), layers.BatchNormalization(), layers.ReLU(), layers.Flatten(),
-            layers.Dense(2),
+            keras.Input((6, 4, C)), layers.Conv2D(4, 3, kernel_initializer="zeros"), layers.BatchNormalization(), layers.ReLU(), layers.Flatten(),
+            layers.Dense(2, kernel_initializer="zeros"),
         ]
     )  # fmt: skip
     # one way: each run in Keras is compiled for JAX operation by operation
