@@ -81,13 +81,17 @@ def test_the_numbers_of_a_model_of_torch_in_keras():
         nn.init.normal_(norm.running_mean)
         return norm
 
-    layers = keras.layers
+    layers, start = keras.layers, {"kernel_initializer": "zeros"}
     target = keras.Sequential(
         [
-            keras.Input((6, 4, C)), layers.Conv2D(4, 3, kernel_initializer="zeros"), layers.BatchNormalization(), layers.ReLU(), layers.Flatten(),
-            layers.Dense(2, kernel_initializer="zeros"),
+            keras.Input((6, 4, C)),
+            layers.Conv2D(4, 3, **start),
+            layers.BatchNormalization(),
+            layers.ReLU(),
+            layers.Flatten(),
         ]
-    )  # fmt: skip
+    )
+    target.add(layers.Dense(2, **start))
     # one way: each run in Keras is compiled for JAX operation by operation
     found = bn.transfer(torchs(), target)
     assert float(found.error) < 1e-12
