@@ -30,6 +30,8 @@ NAMES = {
         "recalibrate",
         "strip_bias",
         "summary",
+        "transfer",
+        "translate",
     ],
     "batchnorm.functional": [
         "Gradients",
@@ -73,6 +75,7 @@ HEAVY = [
     "keras",
     "tensorflow",
     "jax",
+    "flax",
     "onnx",
     "onnxruntime",
     "triton",

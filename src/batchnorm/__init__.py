@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from batchnorm.observe import observe as observe
     from batchnorm.recalibrate import recalibrate as recalibrate
     from batchnorm.summary import summary as summary
+    from batchnorm.translation import transfer as transfer
+    from batchnorm.translation import translate as translate
 
 __all__ = [
     "Affine",
@@ -38,6 +40,8 @@ __all__ = [
     "recalibrate",
     "strip_bias",
     "summary",
+    "transfer",
+    "translate",
 ]
 
 open_lazily(
@@ -55,5 +59,7 @@ open_lazily(
         "recalibrate": ("batchnorm.recalibrate", ""),
         "strip_bias": ("batchnorm.fold", ""),
         "summary": ("batchnorm.summary", ""),
+        "transfer": ("batchnorm.translation", ""),
+        "translate": ("batchnorm.translation", ""),
     },
 )

@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_recalibrate(verbs)
     _add_observe(verbs)
     _add_check(verbs)
+    _add_convert(verbs)
     _add_bench(verbs)
     return parser
 
@@ -303,6 +304,41 @@ def _check(given: argparse.Namespace) -> int:
     for line in outcome.beside:
         print(f"batchnorm: {_sentence(line)}", file=sys.stderr)  # noqa: T201
     return int(outcome.code)
+
+
+def _add_convert(verbs: Any) -> None:
+    verb = _verb(
+        verbs, "convert", _convert, "give a model the numbers of the same network in another framework, proved"
+    )
+    add = verb.add_argument
+    add("source", help="whose numbers: a .onnx, .keras or .pt2 file, or package.module:factory")
+    add("target", help="whose layers, their numbers are replaced: likewise; the file itself stays as it is")
+    add(
+        "-o",
+        "--out",
+        type=Path,
+        required=True,
+        metavar="OUT",
+        help="what to write, in a format of the target's framework",
+    )
+    add(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="a .safetensors or .pt file of tensors, for a source that is a factory",
+    )
+    add(
+        "--input",
+        type=_named_shape,
+        action="append",
+        metavar="1,3,224,224",
+        help="shape of an input of the source, or NAME=shape (a file may know its own)",
+    )
+
+
+def _convert(given: argparse.Namespace) -> None:
+    shell = import_module("batchnorm.translation.shell")
+    _say(shell.run(given.source, given.target, given.out, weights=given.weights, inputs=given.input or []))
 
 
 def _add_bench(verbs: Any) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ __all__ = [
     "framework_of",
     "gather",
     "joined",
+    "layer_wing",
     "load",
     "processes",
     "save",
@@ -31,6 +33,15 @@ _WINGS = (
     ("torch", "nn.Module", "batchnorm.torch.model:TorchModel"),
     ("torch", "export.ExportedProgram", "batchnorm.torch.exported:ExportedModel"),
     ("onnx", "ModelProto", "batchnorm.onnx.model:OnnxModel"),
+)
+# the same for single layers; a Keras layer on torch is a torch module too, and comes first
+_LAYERS = (
+    ("keras", "layers.Layer"),
+    ("flax", "linen.Module"),
+    ("flax", "nnx.Module"),
+    ("onnx", "ModelProto"),
+    ("onnx", "NodeProto"),
+    ("torch", "nn.Module"),
 )
 # how files end, the room that reads them, the extra that it needs
 _READERS = {
@@ -103,6 +114,28 @@ def adapt(model: Any) -> Model:
         "a model must be a torch.nn.Module, a torch.export.ExportedProgram, a keras.Model, an onnx.ModelProto or a file, "
         f"got {type(model).__module__}.{type(model).__name__}"
     )
+
+
+def layer_wing(layer: Any) -> Any:
+    """Return the module that translates layers of a framework.
+
+    Args:
+        layer: a layer, or a tuple of a layer and its numbers.
+
+    Raises:
+        OptionError: no wing knows its type.
+    """
+    first = layer[0] if isinstance(layer, tuple) and len(layer) == 2 else layer
+    framework = next((name for name, base in _LAYERS if _is(first, name, base)), None)
+    if framework is None and isinstance(first, Mapping) and first is not layer:
+        # arguments of a constructor, and variables
+        framework = "flax"
+    if framework is None:
+        raise OptionError(
+            "a layer must be a torch module, a Keras layer, (module, variables) or an nnx module of Flax, or a node of ONNX in "
+            f"its model, got {type(layer).__module__}.{type(layer).__name__}"
+        )
+    return require(f"batchnorm.{framework}.translating", framework)
 
 
 def unwrapped(model: Any) -> Any:

@@ -110,6 +110,8 @@ class Changes:
         variances: new running variances of batch normalization layers (ONNX).
         gammas: new scales of batch normalization layers.
         channels: the channels that batch normalization layers keep, as indices.
+        numbers: batch normalization layers that take γ, β, mean, variance and eps from another, and decay and the convention of
+            the variance where they can; they go on in their own place.
     """
 
     weights: Mapping[Weights, tuple[Array, Array | None]] = field(default_factory=dict)
@@ -121,6 +123,7 @@ class Changes:
     variances: dict[Norm, np.ndarray] = field(default_factory=dict)
     gammas: dict[Norm, np.ndarray] = field(default_factory=dict)
     channels: dict[Norm, np.ndarray] = field(default_factory=dict)
+    numbers: dict[Norm, Norm] = field(default_factory=dict)
 
 
 def random_arrays(shapes: list[tuple[str, tuple[int, ...]]]) -> Any | None:

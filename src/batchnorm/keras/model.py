@@ -166,6 +166,7 @@ class KerasModel:
             edits.weights.setdefault(id(self._find(weights)), {})[weights.key.kernel] = weight, bias
         edits.biasless = {id(self._find(weights)) for weights in changes.biasless}
         edits.means = {id(self._find(norm)): mean for norm, mean in changes.means.items()}
+        edits.numbers = {id(self._find(norm)): taken for norm, taken in changes.numbers.items()}
         return self._rebuilt(edits, self._wide)
 
     def change(self, changes: Changes) -> None:

@@ -261,7 +261,10 @@ class _Artist:
     def _norm(self, layer: Any, path: Path) -> Norm:
         mean, variance, gamma, beta = numbers_of(layer)
         name = self.names.get(layer, ".".join(path))
-        return Norm(name, mean, variance, gamma, beta, layer.epsilon, key=Key(path))
+        return Norm(
+            name, mean, variance, gamma, beta, layer.epsilon,
+            decay=float(layer.momentum), unbiased=bool(getattr(layer, "unbiased", False)), key=Key(path),
+        )  # fmt: skip
 
 
 def _given(kwargs: dict[str, Any]) -> set[str]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from batchnorm.affine import Affine
 from batchnorm.errors import OptionError
+from batchnorm.graph import Norm
 from batchnorm.keras import linear
 from batchnorm.keras.internals import (
     as_array,
@@ -23,6 +24,7 @@ from batchnorm.keras.internals import (
     unsafely,
 )
 from batchnorm.keras.layers import ScaleShift
+from batchnorm.keras.normalization import BatchNormalization
 
 __all__ = ["Edits", "rebuilt"]
 
@@ -38,6 +40,7 @@ class Edits:
         means: new moving means.
         configs: what the config of a layer becomes, by a function of it, for layers inside of layers too.
         classes: what becomes of the class of a layer with such a config.
+        numbers: batch normalization layers that take the numbers of another.
         dtype: of all layers; `None` for the one that each has.
     """
 
@@ -47,6 +50,7 @@ class Edits:
     means: dict[int, np.ndarray] = field(default_factory=dict)
     configs: Callable[[type, Any], Any] | None = None
     classes: dict[type, type] = field(default_factory=dict)
+    numbers: dict[int, Norm] = field(default_factory=dict)
     dtype: str | None = None
 
 
@@ -193,6 +197,8 @@ class _Builder:
             kept = {key: config[key] for key in ("name", "dtype", "trainable") if key in config}
             own = {"output_shape": layer._output_shape, "mask": layer.mask, "arguments": layer.arguments}
             return type(layer)(layer.function, **own, **kept)
+        if id(layer) in self.edits.numbers:
+            config = {**config, **_norm_config(layer, self.edits.numbers[id(layer)])}
         live = {key: getattr(layer, key) for key in ("activation",) if key in config}
         try:
             return cls.from_config(config)
@@ -232,6 +238,33 @@ class _Builder:
             linear.assign(new, values)
         if id(old) in self.edits.means:
             new.moving_mean.assign(self.edits.means[id(old)])
+        if id(old) in self.edits.numbers:
+            _take_numbers(new, self.edits.numbers[id(old)])
+
+
+def _norm_config(layer: Any, norm: Norm) -> dict[str, Any]:
+    """Return the entries of its config that a layer takes from another one."""
+    config: dict[str, Any] = {"epsilon": norm.eps}
+    if norm.decay is not None:
+        config["momentum"] = norm.decay
+    if norm.unbiased is not None and isinstance(layer, BatchNormalization):
+        config["unbiased"] = norm.unbiased
+    return config
+
+
+def _take_numbers(layer: Any, norm: Norm) -> None:
+    assert norm.mean is not None  # noqa: S101
+    gamma = np.ones_like(norm.mean) if norm.gamma is None else norm.gamma
+    beta = np.zeros_like(norm.mean) if norm.beta is None else norm.beta
+    pairs = (
+        (layer.gamma, gamma),
+        (layer.beta, beta),
+        (layer.moving_mean, norm.mean),
+        (layer.moving_variance, norm.variance),
+    )
+    for variable, values in pairs:
+        if variable is not None:
+            variable.assign(values)
 
 
 def _retyped(config: Any, dtype: str) -> Any:

@@ -13,6 +13,7 @@ from batchnorm.onnx.scopes import Index, Scope, Site, subgraphs
 from batchnorm.onnx.shapes import Shapes
 from batchnorm.onnx.tensors import FLOATS
 from batchnorm.onnx.words import Word, word
+from batchnorm.portable import shortest
 
 __all__ = ["NormKey", "draw", "is_norm"]
 
@@ -210,7 +211,10 @@ def _norm(call: Call) -> Norm:
     """Return a batch normalization with its numbers, and why it may not be replaced, if so."""
     site, shape = call.scope.site(call.node), call.shape(0)
     eps = float(call.attributes.get("epsilon", np.float32(1e-5)))
-    norm = Norm(call.name, np.zeros(1), np.ones(1), None, None, eps, key=NormKey(site, len(shape or ())))
+    norm = Norm(
+        call.name, np.zeros(1), np.ones(1), None, None, eps,
+        decay=shortest(call.attributes.get("momentum", 0.9)), unbiased=False, key=NormKey(site, len(shape or ())),
+    )  # fmt: skip
     norm.locked = _why_locked(call)
     if norm.locked:
         return norm

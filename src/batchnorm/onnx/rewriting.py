@@ -9,6 +9,7 @@ import onnx
 from onnx import TensorProto
 
 from batchnorm.affine import Affine
+from batchnorm.errors import OptionError
 from batchnorm.graph import Norm, Weights
 from batchnorm.onnx.frozen import COMPUTES
 from batchnorm.onnx.linear import LinearKey
@@ -37,6 +38,8 @@ def rewrite(model: Any, changes: Changes, precision: Callable[[Scope, str], int]
         writer.set_groups(layer, groups)
     for norm in {**changes.means, **changes.variances, **changes.gammas, **changes.channels}:
         writer.set_norm(norm, changes)
+    for norm, taken in changes.numbers.items():
+        writer.take_numbers(norm, taken)
     for norm, what in changes.norms.items():
         assert what is None or isinstance(what, Affine)  # noqa: S101
         writer.replace_norm(norm, what)
@@ -152,6 +155,28 @@ class _Writer:
             kept = slice(None) if norm not in changes.channels else changes.channels[norm]
             if values is not None or norm in changes.channels:
                 self._set(scope, node, place, (held.read() if values is None else values)[kept], held.elem_type, "")
+
+    def take_numbers(self, norm: Norm, taken: Norm) -> None:
+        """Write the numbers of another norm, and its eps and decay."""
+        scope, node = self.index.find(norm.key.site)
+        if norm.key.first is not None:
+            raise OptionError(
+                f"{norm.name} must be a BatchNormalization to be given statistics, it is a Mul and an Add"
+            )
+        assert taken.mean is not None  # noqa: S101
+        gamma = np.ones_like(taken.mean) if taken.gamma is None else taken.gamma
+        beta = np.zeros_like(taken.mean) if taken.beta is None else taken.beta
+        for place, values in enumerate((gamma, beta, taken.mean, taken.variance), start=1):
+            held = self.index.constant(scope, node.input[place])
+            assert held is not None  # noqa: S101
+            assert values is not None  # noqa: S101
+            self._set(scope, node, place, values, held.elem_type, "")
+        attributes = {"epsilon": taken.eps, "momentum": taken.decay}
+        for old in [a for a in node.attribute if attributes.get(a.name) is not None]:
+            node.attribute.remove(old)
+        node.attribute.extend(
+            onnx.helper.make_attribute(name, value) for name, value in attributes.items() if value is not None
+        )
 
     def replace_norm(self, norm: Norm, what: Affine | None) -> None:
         key: NormKey = norm.key

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 from batchnorm.arrays import to_numpy
 from batchnorm.graph import Norm, Normalize
+from batchnorm.portable import complement
 from batchnorm.torch.constants import UnknownConstantError
 from batchnorm.torch.events import Call, Slot
 from batchnorm.torch.graphs import is_batch_norm
@@ -67,6 +68,8 @@ class Norms:
                 gamma,
                 beta,
                 eps=float(given.get("eps", given.get("epsilon", 0.0))),
+                decay=_decay(module.momentum if layer else given.get("momentum")),  # type: ignore[union-attr]
+                unbiased=_unbiased(module),
                 by_batch=training or (layer and module.training and module.track_running_stats),  # type: ignore[union-attr]
                 locked=locked,
                 computed=self._why_computed(module, slots),
@@ -197,6 +200,7 @@ class Norms:
             special = module.options.domains or module.options.debias
             self.norms[key] = Norm(
                 visit.module, mean, variance, gamma, beta, module.eps, by_batch=True,
+                decay=_decay(module.momentum), unbiased=_unbiased(module),
                 computed="it keeps several running statistics, or debiases them" if special else "",
                 key=Site(visit.module),
             )  # fmt: skip
@@ -225,6 +229,15 @@ def _listed(model: nn.Module) -> set[nn.Module]:
             if key != "_modules" and isinstance(value, list | tuple | dict | set) and value:
                 found |= {leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, nn.Module)}
     return found
+
+
+def _decay(momentum: Any) -> float | None:
+    return complement(momentum) if isinstance(momentum, int | float) else None
+
+
+def _unbiased(module: nn.Module | None) -> bool:
+    """Whether a running variance is that of n - 1, as all kernels of torch's keep it."""
+    return module.options.unbiased if isinstance(module, BatchNorm) else True
 
 
 def _takes_only_residual(visit: Any) -> bool:

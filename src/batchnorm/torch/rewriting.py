@@ -5,9 +5,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.affine import Affine
+from batchnorm.errors import OptionError
 from batchnorm.graph import Norm
+from batchnorm.portable import complement
 from batchnorm.protocol import Border, Changes
 from batchnorm.torch.graphs import add_bias, replace_norm
 from batchnorm.torch.keys import Site
@@ -18,6 +21,7 @@ from batchnorm.torch.replacements import ChannelPad, Remainder, ScaleShift, tens
 __all__ = ["rewrite"]
 
 
+_VECTORS = ("weight", "bias", "running_mean", "running_var")
 _DESCRIPTION = ("num_features", "eps", "momentum", "affine", "track_running_stats")
 
 
@@ -40,12 +44,7 @@ def rewrite(model: nn.Module, changes: Changes, biases: tuple[str, ...] = ()) ->
         model.get_submodule(weights.key.module).register_parameter("bias", None)
     for weights in changes.weights:
         _tell_sizes(model.get_submodule(weights.key.module), changes.groups.get(weights))
-    for norm, mean in changes.means.items():
-        _store_vector(model, norm, "running_mean", mean)
-    for norm, gamma in changes.gammas.items():
-        _store_vector(model, norm, "weight", gamma)
-    for norm, channels in changes.channels.items():
-        _keep_channels(model.get_submodule(norm.key.module), channels)
+    _write_norms(model, changes)
     stand_ins = {}
     for norm, replacement in changes.norms.items():
         if norm.key.nodes:
@@ -55,6 +54,17 @@ def rewrite(model: nn.Module, changes: Changes, biases: tuple[str, ...] = ()) ->
             old = model.get_submodule(norm.key.module)
             stand_ins[old] = _stand_in(old, norm.key, replacement)
     return replace_modules(model, stand_ins)
+
+
+def _write_norms(model: nn.Module, changes: Changes) -> None:
+    for norm, mean in changes.means.items():
+        _store_vector(model, norm, "running_mean", mean)
+    for norm, gamma in changes.gammas.items():
+        _store_vector(model, norm, "weight", gamma)
+    for norm, taken in changes.numbers.items():
+        _take_numbers(model, norm, taken)
+    for norm, channels in changes.channels.items():
+        _keep_channels(model.get_submodule(norm.key.module), channels)
 
 
 def _store(model: nn.Module, site: Any, weight: Tensor, bias: Tensor | None) -> None:
@@ -88,6 +98,41 @@ def _store_vector(model: nn.Module, norm: Norm, name: str, vector: np.ndarray) -
     if old is not None:
         with torch.no_grad():
             old.copy_(tensor_like(vector, old))
+
+
+def _take_numbers(model: nn.Module, norm: Norm, taken: Norm) -> None:
+    owner: Any = model.get_submodule(norm.holder or norm.key.module)
+    if norm.computed and (not norm.holder or any(not hasattr(owner, name) for name in _VECTORS)):
+        raise OptionError(
+            f"layer {norm.name!r} must store its numbers as it uses them, to be given others: {norm.computed}"
+        )
+    if not isinstance(owner, _BatchNorm) and taken.eps != norm.eps:
+        raise OptionError(
+            f"layer {norm.name!r} has eps = {norm.eps:g} as a constant of its program, it must be {taken.eps:g}: export the "
+            "model with that eps"
+        )
+    assert taken.mean is not None  # noqa: S101
+    assert taken.variance is not None  # noqa: S101
+    gamma = np.ones_like(taken.mean) if taken.gamma is None else taken.gamma
+    beta = np.zeros_like(taken.mean) if taken.beta is None else taken.beta
+    for name, values in zip(_VECTORS, (gamma, beta, taken.mean, taken.variance), strict=True):
+        old = getattr(owner, name)
+        if old is not None:
+            with torch.no_grad():
+                old.copy_(tensor_like(values, old))
+    if isinstance(owner, _BatchNorm):
+        _take_conventions(owner, taken)
+
+
+def _take_conventions(owner: Any, taken: Norm) -> None:
+    owner.eps = taken.eps
+    if taken.decay is not None:
+        owner.momentum = complement(taken.decay)
+    if isinstance(owner, BatchNorm) and taken.unbiased is not None:
+        owner.configure({"unbiased": taken.unbiased})
+    if owner.num_batches_tracked is not None:
+        # training goes on from here, not from the start
+        owner.num_batches_tracked.clamp_(min=1)
 
 
 def _keep_channels(owner: Any, channels: np.ndarray) -> None:
