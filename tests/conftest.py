@@ -20,15 +20,12 @@ collect_ignore = [] if ON_TENSORFLOW else ["backends/test_tensorflow_page.py"]
 
 
 def pytest_report_header():
-    """Say what this environment can't run."""
-    if not ON_TENSORFLOW:
-        return "docs/tensorflow.md: not run here, it needs KERAS_BACKEND=tensorflow and TensorFlow"
-    return None
-
-
-def pytest_report_header():
+    """Say what runs, and what this environment can't run."""
     backend = keras.backend.backend()
-    return f"keras: {keras.__version__} on {backend} {sys.modules[backend].__version__}"
+    said = [f"keras: {keras.__version__} on {backend} {sys.modules[backend].__version__}"]
+    if not ON_TENSORFLOW:
+        said.append("docs/tensorflow.md: not run here, it needs KERAS_BACKEND=tensorflow and TensorFlow")
+    return said
 
 
 @pytest.fixture(autouse=True)
