@@ -28,7 +28,8 @@ def masks(shape, axis, rng):
         mask.flat[:2] = True
         full = np.broadcast_to(mask.reshape(mask.shape + (1,) * (len(places) - rank)), places)
         yield mask, full
-        yield mask.astype("float32") * 0.5, full
+        yield mask.astype("float32"), full
+        yield mask * 2, full
     thin = rng.random((places[0], *[1] * (len(places) - 1))) < 0.7
     thin.flat[:2] = True
     yield thin, np.broadcast_to(thin, places)
@@ -174,9 +175,23 @@ def test_weights_of_places_and_masks_multiply(rng):
     close(layer.moving_variance, step.running_var, rtol=1e-5)
 
 
+def test_a_mask_of_floating_numbers_weighs(rng):
+    x, upstream = rng.normal(size=(2, 5, 4, 3)).astype("float32")
+    soft, weight = rng.random((2, 5, 4)).astype("float32")
+    soft[1:3] = 0
+    calls = ({"mask": soft, "sample_weight": weight}, {"sample_weight": soft * weight})
+    layers = [filled(BatchNormalization(momentum=0.5, unbiased=True), x.shape) for _ in calls]
+    results = [gradients(layer, x, upstream, **call) for layer, call in zip(layers, calls, strict=True)]
+    (y, found), (expected, wanted) = results
+    close(y, expected, rtol=1e-6)
+    for a, b in zip((*found, *numbers(layers[0])), (*wanted, *numbers(layers[1])), strict=True):
+        close(a, b, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
+        ({"mask": -np.ones(4, "float32")}, OptionError, r"mask must be finite and not negative"),
         ({"mask": np.ones((5,), bool)}, ShapeError, r"mask must have the shape .* \(4, 3\), .* got \(5,\)"),
         ({"mask": np.ones((4, 3, 2), bool)}, ShapeError, r"got \(4, 3, 2\)"),
         ({"mask": np.array(True)}, ShapeError, r"got \(\)"),

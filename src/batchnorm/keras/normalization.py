@@ -186,7 +186,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             inputs: any rank, channels on ``axis``.
             training: normalize by the batch, and move the moving statistics, if the layer is trainable.
             mask: the shape of ``inputs`` without the axis of the channels, or its first axes, as ``(N,)`` or ``(N, T)``; true,
-                or not zero, where a value counts. Other places are normalized too, as in Keras, but count for nothing.
+                or not zero, where a value counts. Floating numbers are weights, as those of ``sample_weight``. Other places are
+                normalized too, as in Keras, but count for nothing.
             sample_weight: of the same shapes; a frequency: weight 2 is the sample twice. A constant for the gradients.
         """
         width = (

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import keras
 from keras import ops
 
 from batchnorm.errors import OptionError, ShapeError
@@ -16,7 +17,7 @@ Sizes = Sequence[int | None]
 def weights_of(x: Any, axis: int, mask: Any, sample_weight: Any) -> Any | None:
     """Return mask times weights as an array that meets ``x``: its size but for the channels; ``None`` where all count alike.
 
-    A mask of another dtype than bool is true where it is not zero, as in Keras.
+    A mask of floating numbers is a weight for each place; one of integers is true where it is not zero.
 
     Raises:
         ShapeError: what does not fit the places of ``x``.
@@ -24,15 +25,17 @@ def weights_of(x: Any, axis: int, mask: Any, sample_weight: Any) -> Any | None:
     """
     if mask is None and sample_weight is None:
         return None
-    weight: Any = None
-    if sample_weight is not None:
-        _check_values(sample_weight)
-        weight = _over_places(ops.cast(sample_weight, x.dtype), x.shape, axis, "sample_weight")
-    if mask is not None:
-        valid = _over_places(ops.cast(mask, "bool"), x.shape, axis, "mask")
-        one = ops.ones((), dtype=x.dtype) if weight is None else weight
-        # a weight that is not valid may be NaN
-        weight = ops.where(valid, one, ops.zeros_like(one))
+    given = {"sample_weight": sample_weight, "mask": mask}
+    weight: Any = ops.ones((), dtype=x.dtype)
+    for name, v in given.items():
+        if v is None:
+            continue
+        number = name == "sample_weight" or keras.backend.is_float_dtype(keras.backend.standardize_dtype(v.dtype))
+        if number:
+            _check_values(v, name)
+        factor = _over_places(ops.cast(v, x.dtype if number else "bool"), x.shape, axis, name)
+        # a weight of a place that does not count may be NaN
+        weight = ops.where(factor != 0, factor * weight if number else weight, ops.zeros_like(weight))
     channels = weight.shape[axis]
     return ops.broadcast_to(weight, [channels if i == axis else n for i, n in enumerate(ops.shape(x))])
 
@@ -61,9 +64,9 @@ def _shown(sizes: Sizes) -> str:
     return str(tuple(sizes))
 
 
-def _check_values(sample_weight: Any) -> None:
-    if not at_hand(sample_weight):
+def _check_values(v: Any, name: str) -> None:
+    if not at_hand(v):
         return
-    if not bool(ops.all(ops.logical_and(ops.isfinite(sample_weight), sample_weight >= 0))):
-        least, most = float(ops.min(sample_weight)), float(ops.max(sample_weight))
-        raise OptionError(f"sample_weight must be finite and not negative, got values from {least} to {most}")
+    if not bool(ops.all(ops.logical_and(ops.isfinite(v), v >= 0))):
+        least, most = float(ops.min(v)), float(ops.max(v))
+        raise OptionError(f"{name} must be finite and not negative, got values from {least} to {most}")
