@@ -65,7 +65,7 @@ def _torch_total(values: list[Any]) -> list[Any]:
 
     # one message; its gradient is the sum of all replicas' gradients
     flat = torch.cat([v.reshape(-1) for v in values])
-    summed = all_reduce(flat)  # type: ignore[no-untyped-call]
+    summed: Any = all_reduce(flat)  # type: ignore[no-untyped-call]
     parts = torch.split(summed, [v.numel() for v in values])
     return [part.reshape(v.shape) for part, v in zip(parts, values, strict=True)]
 
@@ -74,4 +74,5 @@ def _jax() -> Total | None:
     import jax
 
     axes = tuple(jax.sharding.get_abstract_mesh().manual_axes)
-    return (lambda values: list(jax.lax.psum(values, axes))) if axes else None  # type: ignore[no-untyped-call]
+    psum: Any = jax.lax.psum
+    return (lambda values: list(psum(values, axes))) if axes else None
