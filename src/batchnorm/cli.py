@@ -29,6 +29,7 @@ _BENCHES = {
     "observe": "what observing costs: a pass over data, and a training with a monitor",
     "sync": "synchronized layers: exactness and cost on processes of this machine",
     "layers": "speed and exactness of the layers beside PyTorch's own",
+    "keras": "batch normalization in Keras, on its backend: the models of keras.applications through the verbs",
     "check": "what check finds of planted faults, what it says of healthy models, causes of a gap, and its cost",
 }
 
@@ -307,7 +308,7 @@ def _add_bench(verbs: Any) -> None:
         "part",
         nargs="*",
         help="of fold: torchvision, transformers, timm, adversarial, graphs, speed; of recalibrate: checks, speed, repairs; "
-        "of check: planted, healthy, gap, speed",
+        "of check: planted, healthy, gap, speed; of keras: applications",
     )
     verb.add_argument(
         "--out", type=Path, default=Path("benchmarks"), metavar="DIR", help="raw values as JSON (benchmarks)"
@@ -317,7 +318,7 @@ def _add_bench(verbs: Any) -> None:
 
 def _bench(given: argparse.Namespace) -> None:
     bench = require(f"batchnorm.bench.{given.what}", "lab")
-    if given.part and given.what not in ("fold", "recalibrate", "check"):
+    if given.part and given.what not in ("fold", "recalibrate", "check", "keras"):
         raise OptionError(f"bench {given.what} has no parts, got {' '.join(given.part)}")
     _say(bench.run(given.out, *given.part, quick=given.quick))
 

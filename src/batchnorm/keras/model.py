@@ -142,7 +142,7 @@ class KerasModel:
         """The coarsest floating dtype that the model stores weights or computes in."""
         with in_float64(self._wide):
             stored = {variable.dtype for variable in self.model.weights}
-            computing = {layer.compute_dtype for layer in parts(self.model) if layer.weights}
+            computing = {layer.compute_dtype for layer in parts(self.model) if own_variables(layer)}
             # which Keras narrows on most backends
             dtypes = {keras.backend.result_type(dtype) for dtype in stored | computing if dtype in _EPS}
         return max(dtypes, key=_EPS.__getitem__, default="float32")
