@@ -138,16 +138,19 @@ def _compare(given: argparse.Namespace) -> None:
 
 def _add_summary(verbs: Any) -> None:
     verb = _verb(verbs, "summary", _summary, "list a network's layers: shapes, trainable numbers, running statistics")
-    verb.add_argument("model", help="package.module:factory, called without arguments")
-    verb.add_argument("--weights", type=Path, metavar="FILE", help="a .safetensors or .pt file of tensors")
-    verb.add_argument("--input", type=_shape, metavar="1,3,224,224", help="shape of an example input")
+    verb.add_argument("model", help="a .onnx, .keras or .pt2 file, or package.module:factory")
+    verb.add_argument(
+        "--weights", type=Path, metavar="FILE", help="a .safetensors or .pt file of tensors, for a factory"
+    )
+    verb.add_argument(
+        "--input", type=_named_shape, action="append", metavar="1,3,224,224", help="shape of an input, or NAME=shape"
+    )
 
 
 def _summary(given: argparse.Namespace) -> None:
-    loading = require("batchnorm.torch.loading", "torch")
-    model = loading.load_model(given.model, given.weights)
-    example = None if given.input is None else import_module("torch").zeros(given.input)
-    _say(batchnorm.summary(model, example))
+    models = import_module("batchnorm.models")
+    model = models.load(given.model, given.weights)
+    _say(batchnorm.summary(model, models.adapt(model).example(given.input or [])))
 
 
 def _add_rewrites(verbs: Any) -> None:

@@ -1,17 +1,23 @@
-"""Batch normalization in Keras, measured on the backend that Keras runs on."""
+"""Keras's layer and ours beside each other, on every backend that is installed: each part is a process of its own on each."""
 
-from collections.abc import Callable
+import datetime
+import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from batchnorm.bench.machine import describe, keep
-from batchnorm.errors import OptionError
+from batchnorm.errors import OptionError, WorkerError
 
 __all__ = ["PARTS", "KerasBench", "run"]
 
-# name of a part: the module that measures it, with `measure(quick)` and `show(measured)`
+BACKENDS = ("torch", "jax", "tensorflow")
+# each is a module with `measure`, which runs on one backend, and `shown`, a table of what was found on all
 PARTS = {"applications": "batchnorm.bench.keras_applications"}
 
 
@@ -23,24 +29,57 @@ class KerasBench:
     files: tuple[Path, ...]
 
     def __str__(self) -> str:
-        shown = [_module(part).show(self.facts[part]) for part in PARTS if part in self.facts]
-        return "\n\n".join([*shown, f"raw values: {', '.join(map(str, self.files))}"])
+        tables = [import_module(PARTS[part]).shown(facts["found"]) for part, facts in self.facts.items()]
+        return "\n\n".join([*tables, f"raw values: {', '.join(map(str, self.files))}"])
 
 
 def run(out: Path, *parts: str, quick: bool = False) -> KerasBench:
     """Measure some parts (all where none is named), and keep every raw value as JSON in ``out``.
 
     Raises:
-        OptionError: an unknown part.
+        OptionError: an unknown part, or no backend of Keras.
+        WorkerError: a process failed.
     """
     unknown = set(parts) - set(PARTS)
     if unknown:
         raise OptionError(f"the parts of bench keras are {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
-    measured: dict[str, Callable[[bool], Any]] = {part: _module(part).measure for part in parts or PARTS}
-    facts = {"machine": describe(), **{part: measure(quick) for part, measure in measured.items()}}
-    backend = import_module("keras").backend.backend()
-    return KerasBench(facts, (keep(facts, out, f"keras-{backend}.json"),))
+    backends = [name for name in BACKENDS if find_spec(name) is not None]
+    if not backends or find_spec("keras") is None:
+        raise OptionError(f"bench keras needs keras and one of {', '.join(BACKENDS)}, none is installed")
+    facts: dict[str, Any] = {}
+    files = []
+    for part in parts or PARTS:
+        facts[part] = {
+            "machine": describe(),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(),
+            "found": {backend: _on(backend, part, quick) for backend in backends},
+        }
+        files.append(keep(facts[part], out, f"keras_{part}.json"))
+    return KerasBench(facts, tuple(files))
 
 
-def _module(part: str) -> Any:
-    return import_module(PARTS[part])
+def _on(backend: str, part: str, quick: bool) -> Any:
+    """Run a part in a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-m", __name__, part, *(["--quick"] if quick else [])]
+    done = subprocess.run(  # noqa: S603 - this interpreter
+        command, env={**os.environ, "KERAS_BACKEND": backend}, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise WorkerError(f"bench keras {part} failed on the backend {backend}: {done.stderr.strip()[-2000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(f"{part} on {found['ran']}", flush=True)  # noqa: T201
+    return found
+
+
+def _main(part: str, *, quick: bool) -> None:
+    import keras
+
+    name = keras.backend.backend()
+    library = import_module(name)
+    found = import_module(PARTS[part]).measure(quick)
+    ran = f"{name} {library.__version__}, Keras {keras.__version__}"
+    print(json.dumps({"ran": ran, **found}), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1], quick="--quick" in sys.argv)

@@ -12,7 +12,7 @@ from batchnorm.fold import fold
 from batchnorm.recalibrate import recalibrate
 from batchnorm.tables import table
 
-__all__ = ["MODELS", "measure", "show"]
+__all__ = ["MODELS", "measure", "shown"]
 
 # names of a family, and the smallest images that it takes; ConvNeXt and VGG have no batch normalization
 _FAMILIES = {
@@ -31,7 +31,7 @@ QUICK = ("MobileNet", "MobileNetV2", "MobileNetV3Small")
 SAMPLES = 4
 
 
-def measure(quick: bool) -> list[dict[str, Any]]:
+def measure(quick: bool) -> dict[str, Any]:
     """Fold, check and recalibrate every model with random weights and statistics, and tell what was seen."""
     rows = []
     for name in QUICK if quick else MODELS:
@@ -39,8 +39,8 @@ def measure(quick: bool) -> list[dict[str, Any]]:
         try:
             rows.append(_one(name, MODELS[name]))
         except (BatchNormError, ValueError) as error:
-            rows.append({"model": name, "backend": keras.backend.backend(), "failed": str(error).split("\n")[0][:200]})
-    return rows
+            rows.append({"model": name, "failed": str(error).split("\n")[0][:200]})
+    return {"rows": rows}
 
 
 def _one(name: str, size: int) -> dict[str, Any]:
@@ -57,7 +57,6 @@ def _one(name: str, size: int) -> dict[str, Any]:
     last = folded.error.measured[-1]
     return {
         "model": name,
-        "backend": keras.backend.backend(),
         "norms": len(_norms(model)),
         "left": len(_norms(folded.model)),
         "scale_and_shift": len(folded.kept),
@@ -98,11 +97,24 @@ def _randomize(model: Any, rng: np.random.Generator) -> None:
             norm.beta.assign(rng.normal(0, 0.3, size))
 
 
-def show(rows: list[dict[str, Any]]) -> str:
-    """Return the table of what was measured."""
-    head = ("Model", "Layers", "Left", "Scale and shift", "float64", "Own dtype", "Recalibrated", "Error", "Fold s")
+def shown(found: dict[str, Any]) -> str:
+    """Return the table of what was measured on each backend."""
+    head = (
+        "Backend",
+        "Model",
+        "Layers",
+        "Left",
+        "Scale and shift",
+        "float64",
+        "float32",
+        "Recalibrated",
+        "Error",
+        "Fold s",
+    )
+    rows = [(one["ran"], row) for one in found.values() for row in one["rows"]]
     lines = [
         (
+            ran,
             row["model"],
             str(row["norms"]),
             str(row["left"]),
@@ -113,8 +125,8 @@ def show(rows: list[dict[str, Any]]) -> str:
             f"{row['recalibration_error']:.1e}",
             f"{row['seconds']:.1f}",
         )
-        for row in rows
+        for ran, row in rows
         if "failed" not in row
     ]
-    failed = [f"{row['model']} on {row['backend']}: {row['failed']}" for row in rows if "failed" in row]
+    failed = [f"{row['model']} on {ran}: {row['failed']}" for ran, row in rows if "failed" in row]
     return "\n".join([table(head, lines, numbers=8), *failed])
