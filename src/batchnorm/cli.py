@@ -29,7 +29,7 @@ _BENCHES = {
     "observe": "what observing costs: a pass over data, and a training with a monitor",
     "sync": "synchronized layers: exactness and cost on processes of this machine",
     "layers": "speed and exactness of the layers beside PyTorch's own",
-    "keras": "Keras's layer and ours on every backend: exactness far from zero, the time of a training",
+    "keras": "Keras's layer and ours on every backend, exactness and time of a training; keras.applications through the verbs",
     "check": "what check finds of planted faults, what it says of healthy models, causes of a gap, and its cost",
 }
 
@@ -143,16 +143,19 @@ def _compare(given: argparse.Namespace) -> None:
 
 def _add_summary(verbs: Any) -> None:
     verb = _verb(verbs, "summary", _summary, "list a network's layers: shapes, trainable numbers, running statistics")
-    verb.add_argument("model", help="package.module:factory, called without arguments")
-    verb.add_argument("--weights", type=Path, metavar="FILE", help="a .safetensors or .pt file of tensors")
-    verb.add_argument("--input", type=_shape, metavar="1,3,224,224", help="shape of an example input")
+    verb.add_argument("model", help="a .onnx, .keras or .pt2 file, or package.module:factory")
+    verb.add_argument(
+        "--weights", type=Path, metavar="FILE", help="a .safetensors or .pt file of tensors, for a factory"
+    )
+    verb.add_argument(
+        "--input", type=_named_shape, action="append", metavar="1,3,224,224", help="shape of an input, or NAME=shape"
+    )
 
 
 def _summary(given: argparse.Namespace) -> None:
-    loading = require("batchnorm.torch.loading", "torch")
-    model = loading.load_model(given.model, given.weights)
-    example = None if given.input is None else import_module("torch").zeros(given.input)
-    _say(batchnorm.summary(model, example))
+    models = import_module("batchnorm.models")
+    model = models.load(given.model, given.weights)
+    _say(batchnorm.summary(model, models.adapt(model).example(given.input or [])))
 
 
 def _add_rewrites(verbs: Any) -> None:
@@ -348,7 +351,7 @@ def _add_bench(verbs: Any) -> None:
         "part",
         nargs="*",
         help="of fold: torchvision, transformers, timm, adversarial, graphs, speed; of recalibrate: checks, speed, repairs; "
-        "of check: planted, healthy, gap, speed; of keras: variance, fit",
+        "of check: planted, healthy, gap, speed; of keras: variance, fit, applications",
     )
     verb.add_argument(
         "--out", type=Path, default=Path("benchmarks"), metavar="DIR", help="raw values as JSON (benchmarks)"

@@ -11,7 +11,7 @@ from typing import Any
 
 from batchnorm.errors import OptionError
 from batchnorm.protocol import Model
-from batchnorm.rooms import require
+from batchnorm.rooms import made, require
 
 __all__ = [
     "adapt",
@@ -187,9 +187,13 @@ def load(spec: str, weights: Path | None = None) -> Any:
     """
     reader = _READERS.get(Path(spec).suffix)
     if reader is None:
-        return require("batchnorm.torch.loading", "torch").load_model(spec, weights)
+        model = made(spec)
+        if not _is(model, "keras", "Model"):
+            return require("batchnorm.torch.loading", "torch").checked(spec, model, weights)
     if weights is not None:
-        raise OptionError(f"weights are given for package.module:factory, {spec} holds its own")
+        raise OptionError(f"weights are given for a torch module of package.module:factory, {spec} holds its own")
+    if reader is None:
+        return model
     if reader[1] == "keras":
         choose_backend()
     return require(*reader).load(Path(spec))

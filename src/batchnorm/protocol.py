@@ -49,6 +49,8 @@ class Layer:
         trainable: numbers that an optimizer moves (weights, biases, γ, β).
         frozen: numbers that nothing moves: parameters without gradient, constants.
         statistics: numbers that a forward pass moves (running mean and variance).
+        norm: what a batch normalization layer holds, by the field's names, as ``{"γ": 784, "mean": 784}``; empty for others.
+        moves: whether forward passes of training move its statistics.
     """
 
     name: str
@@ -57,6 +59,8 @@ class Layer:
     trainable: int
     frozen: int
     statistics: int
+    norm: Mapping[str, int] = field(default_factory=dict)
+    moves: bool = True
 
     @property
     def parameters(self) -> int:

@@ -7,9 +7,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from batchnorm.errors import MissingDependencyError
+from batchnorm.errors import MissingDependencyError, OptionError
 
-__all__ = ["import_named", "open_lazily", "require"]
+__all__ = ["import_named", "made", "open_lazily", "require"]
 
 
 def require(room: str, extra: str) -> Any:
@@ -32,6 +32,20 @@ def import_named(spec: str) -> Any:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     return getattr(import_module(module), name)
+
+
+def made(spec: str) -> Any:
+    """Return the model that ``package.module:factory`` makes.
+
+    Raises:
+        OptionError: no such factory, or one that fails.
+    """
+    if ":" not in spec:
+        raise OptionError(f"a model is named as package.module:factory, got {spec!r}")
+    try:
+        return import_named(spec)()
+    except Exception as error:
+        raise OptionError(f"{spec} must make a model, but failed: {type(error).__name__}: {error}") from error
 
 
 def open_lazily(package: str, public: dict[str, tuple[str, str]]) -> None:

@@ -48,7 +48,7 @@ class Summary:
             f"{self.parameters:,} parameters: {self.trainable:,} trainable, {self.statistics:,} running statistics, "
             f"{self.parameters - self.trainable - self.statistics:,} frozen"
         )
-        return "\n".join([table(head, rows, numbers=3), total])
+        return "\n".join([table(head, rows, numbers=3), total, *filter(None, map(_words, self.layers))])
 
 
 def summary(model: Any, example: Any | None = None) -> Summary:
@@ -58,8 +58,9 @@ def summary(model: Any, example: Any | None = None) -> Summary:
     and variance): they are statistics, moved by forward passes and not by the optimizer.
 
     Args:
-        model: a ``torch.nn.Module``; it is run once on ``example`` in evaluation mode and left as it was.
-        example: an input, or a tuple of inputs; without one the output shapes are not known.
+        model: of any framework, or the file of one; it is run once on ``example`` in evaluation and left as it was. Of a Keras
+            model each batch normalization layer is told in words, too.
+        example: an input, or a tuple of inputs; without one the output shapes of a torch module are not known.
 
     Returns:
         `Summary`: iterate over ``.layers``, or print it.
@@ -81,6 +82,33 @@ def summary(model: Any, example: Any | None = None) -> Summary:
         238,636 parameters: 237,068 trainable, 1,568 running statistics, 0 frozen
     """
     return Summary(tuple(adapt(model).layers(example)))
+
+
+def _words(layer: Layer) -> str:
+    """Return in words what a batch normalization layer trains and what it updates; empty for any other layer."""
+    if not layer.norm:
+        return ""
+    sizes = set(layer.norm.values())
+    count = (
+        f"{len(layer.norm)} × {sizes.pop():,}"
+        if len(sizes) == 1
+        else " + ".join(map("{:,}".format, layer.norm.values()))
+    )
+    trained = [name for name in layer.norm if name in ("γ", "β")]
+    updated = [name for name in layer.norm if name not in trained]
+    how = "trained" if layer.trainable else "frozen"
+    then = "updated by forward passes" if layer.moves else "not updated"
+    said = [
+        _sentence(names, how, sum(layer.norm[name] for name in names))
+        for names, how in ((trained, how), (updated, then))
+        if names
+    ]
+    return f"{layer.name}: {count} = {sum(layer.norm.values()):,}: {', '.join(said)}"
+
+
+def _sentence(names: list[str], how: str, numbers: int) -> str:
+    listed = " and ".join([*([", ".join(names[:-1])] if names[1:] else []), names[-1]])
+    return f"{listed} {'are' if names[1:] else 'is'} {how} ({numbers:,})"
 
 
 def _shape(sizes: tuple[int | None, ...]) -> str:

@@ -115,7 +115,12 @@ def test_an_embedding_and_masks():
 @pytest.mark.filterwarnings("ignore:Explicitly requested dtype float64:UserWarning")
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float64"])
 def test_other_dtypes(policy):
-    stack = [L.Dense(6, dtype=policy, name="dense"), BN(dtype=policy), L.ReLU(dtype=policy), L.Dense(3, dtype=policy)]
+    stack = [
+        L.Dense(6, dtype=policy, name="dense"),
+        BN(dtype=policy),
+        L.ReLU(dtype=policy),
+        L.Dense(3, dtype=policy, name="last"),
+    ]
     model = chain((7,), *stack)
     result = bn.fold(model, example_for(model))
     assert not result.kept

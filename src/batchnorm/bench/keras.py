@@ -18,7 +18,11 @@ __all__ = ["PARTS", "KerasBench", "run"]
 
 BACKENDS = ("torch", "jax", "tensorflow")
 # each is a module with `measure`, which runs on one backend, and `shown`, a table of what was found on all
-PARTS = {"variance": "batchnorm.bench.keras_variance", "fit": "batchnorm.bench.keras_fit"}
+PARTS = {
+    "variance": "batchnorm.bench.keras_variance",
+    "fit": "batchnorm.bench.keras_fit",
+    "applications": "batchnorm.bench.keras_applications",
+}
 
 
 @dataclass(frozen=True)

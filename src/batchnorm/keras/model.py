@@ -142,7 +142,7 @@ class KerasModel:
         """The coarsest floating dtype that the model stores weights or computes in."""
         with in_float64(self._wide):
             stored = {variable.dtype for variable in self.model.weights}
-            computing = {layer.compute_dtype for layer in parts(self.model) if layer.weights}
+            computing = {layer.compute_dtype for layer in parts(self.model) if own_variables(layer)}
             # which Keras narrows on most backends
             dtypes = {keras.backend.result_type(dtype) for dtype in stored | computing if dtype in _EPS}
         return max(dtypes, key=_EPS.__getitem__, default="float32")
@@ -293,6 +293,7 @@ def _list_calls(functional: Any, path: Path, found: dict[Any, Any]) -> None:
 def _layer(name: str, layer: Any, shape: tuple[int | None, ...] | None, counted: set[int]) -> Layer:
     """Count the numbers of a layer, but for those that an earlier layer shares with it."""
     trainable = frozen = statistics = 0
+    norm = _norm_numbers(layer, counted)
     for part in parts(layer):
         moved = _statistics(part)
         for variable in own_variables(part):
@@ -302,7 +303,27 @@ def _layer(name: str, layer: Any, shape: tuple[int | None, ...] | None, counted:
             trainable += size if variable.trainable and id(variable) not in moved else 0
             frozen += size if not variable.trainable and id(variable) not in moved else 0
     batchless = None if shape is None else (None, *shape[1:])
-    return Layer(name, type(layer).__name__, batchless, trainable, frozen, statistics)
+    moves = bool(getattr(layer, "trainable", True))
+    return Layer(name, type(layer).__name__, batchless, trainable, frozen, statistics, norm, moves)
+
+
+_SAID = {
+    "gamma": "γ",
+    "beta": "β",
+    "moving_mean": "mean",
+    "moving_variance": "variance",
+    "moving_stddev": "deviation",
+    "renorm_mean": "mean of renormalization",
+    "renorm_stddev": "deviation of renormalization",
+}
+
+
+def _norm_numbers(layer: Any, counted: set[int]) -> dict[str, int]:
+    """Return what a batch normalization layer holds, by the field's names, but for what an earlier layer shares with it."""
+    if not isinstance(layer, keras.layers.BatchNormalization):
+        return {}
+    own = [v for v in own_variables(layer) if id(v) not in counted]
+    return {_SAID.get(v.name, v.name): int(np.prod(v.shape)) for v in own}
 
 
 def _statistics(layer: Any) -> set[int]:

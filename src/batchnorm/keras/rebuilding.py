@@ -221,6 +221,9 @@ class _Builder:
     def _fill_one(self, old: Any, new: Any, values: linear.Values) -> None:
         store: dict[str, Any] = {}
         old.save_own_variables(store)
+        if self.edits.dtype is not None:
+            # a float64 variable of JAX may hold float32, which Keras would not convert
+            store = {key: as_array(value) for key, value in store.items()}
         if values and len(store) < len(new.weights):
             # the bias that the copy has in addition comes last
             store[str(len(store))] = np.zeros(tuple(linear.bias_of(new).shape))

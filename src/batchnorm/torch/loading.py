@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from batchnorm.errors import DataError, OptionError
-from batchnorm.rooms import import_named
+from batchnorm.rooms import made
 
-__all__ = ["load_model"]
+__all__ = ["checked", "load_model"]
 
 
 def load_model(spec: str, weights: Path | None = None) -> nn.Module:
@@ -28,12 +28,16 @@ def load_model(spec: str, weights: Path | None = None) -> nn.Module:
         >>> load_model("torch.nn:Identity")
         Identity()
     """
-    if ":" not in spec:
-        raise OptionError(f"a model is named as package.module:factory, got {spec!r}")
-    try:
-        model: Any = import_named(spec)()
-    except Exception as error:
-        raise OptionError(f"{spec} must make a model, but failed: {type(error).__name__}: {error}") from error
+    return checked(spec, made(spec), weights)
+
+
+def checked(spec: str, model: Any, weights: Path | None) -> nn.Module:
+    """Return what a factory has made, with weights from a file.
+
+    Raises:
+        OptionError: it is no module.
+        DataError: weights that can't be read or do not fit the model.
+    """
     if not isinstance(model, nn.Module):
         raise OptionError(f"{spec} must return a torch.nn.Module, it returned a {type(model).__name__}")
     if weights is not None:
