@@ -2,16 +2,18 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# TensorFlow wants other versions of some libraries
+TFVENV := .venv-tensorflow
 JOBS   ?= 2
 
-.PHONY: compare test lint docs bench zoo format browser clean help
+.PHONY: compare test test-keras lint docs bench zoo format browser clean help
 
 help:            ## this list
-	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-$(BIN)/python:
+$(BIN)/python $(TFVENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("batchnorm needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(@D:/bin=)
 
 # A stamp for each set of extras, so that a second call starts at once.
 $(VENV)/.lab: $(BIN)/python pyproject.toml constraints.txt
@@ -26,11 +28,19 @@ $(VENV)/.zoo: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[zoo]'
 	@touch $@
 
+$(TFVENV)/.dev: $(TFVENV)/bin/python pyproject.toml constraints-tensorflow.txt
+	$(TFVENV)/bin/python -m pip install --quiet --constraint constraints-tensorflow.txt --editable '.[dev-tensorflow]'
+	@touch $@
+
 compare: $(VENV)/.lab  ## train with and without batch normalization on real data; ends in comparison/report.html
 	$(BIN)/batchnorm compare digits --out comparison --jobs $(JOBS)
 
-test: $(VENV)/.dev browser lint docs  ## everything CI runs
+test: $(VENV)/.dev browser lint docs  ## everything that needs no TensorFlow
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	KERAS_BACKEND=jax JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/backends -n $(JOBS) --dist worksteal
+
+test-keras: $(TFVENV)/.dev  ## what holds on every backend of Keras, on TensorFlow
+	KERAS_BACKEND=tensorflow $(TFVENV)/bin/python -m pytest tests/backends -n $(JOBS) --dist worksteal
 
 lint: $(VENV)/.dev  ## format, style, types, floors
 	$(BIN)/ruff format --check .
@@ -61,4 +71,4 @@ browser:  # the report is tested in a real browser
 	@./.ci/browser
 
 clean:           ## remove everything that was built
-	rm -rf $(VENV) site comparison benchmarks build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) $(TFVENV) site comparison benchmarks build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -6,12 +6,9 @@ import importlib
 import io
 import pkgutil
 import re
-import runpy
 import shlex
 import tomllib
-from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
 import pytest
 
@@ -19,57 +16,11 @@ import batchnorm
 import batchnorm.lab
 import batchnorm.torch
 from batchnorm import cli, errors
+from pages import ROOT, blocks_of, run_blocks
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-FENCE = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
-
-
-class Block(NamedTuple):
-    """A fenced block: language, title, text, the number of its first line, and what follows it up to the next block."""
-
-    language: str
-    title: str
-    text: str
-    line: int
-
-
-def blocks_of(page):
-    """Return the fenced blocks of a page, in order."""
-    source = page.read_text(encoding="utf-8")
-    blocks = []
-    for fence in FENCE.finditer(source):
-        indent, language, options, body = fence.groups()
-        title = re.search(r'title="([^"]+)"', options)
-        text = re.sub(rf"^{indent}", "", body, flags=re.MULTILINE)
-        blocks.append(Block(language, title[1] if title else "", text, source.count("\n", 0, fence.start(4)) + 1))
-    return blocks
-
-
-def run_blocks(page):
-    """Run the python blocks of a page one after the other, and hold each to the block `output` that follows it.
-
-    A block with a title is a file: it is written to the current folder and run from there.
-    """
-    blocks, names = blocks_of(page), {"__name__": "__docs__"}
-    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
-        if block.language != "python":
-            continue
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            if block.title:
-                Path(block.title).write_text(block.text, encoding="utf-8")
-                runpy.run_path(block.title, run_name="__main__")
-            else:
-                # as many empty lines before it as the page has, so that a traceback names the page's line
-                code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
-                exec(code, names)
-        if following is not None and following.language == "output":
-            assert_printed(following, said.getvalue(), page)
-
-
-def assert_printed(block, said, page):
-    if not doctest.OutputChecker().check_output(block.text, said, doctest.ELLIPSIS):
-        raise AssertionError(f"{page.name}, line {block.line}: shows\n{block.text}\nbut prints\n{said}")
+# it is run where TensorFlow is: tests/backends/test_tensorflow_page.py
+ELSEWHERE = ROOT / "docs" / "tensorflow.md"
 
 
 def name_of(page):
@@ -77,9 +28,13 @@ def name_of(page):
 
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=map(name_of, PAGES))
-pages_with_code = [page for page in PAGES if any(block.language == "python" for block in blocks_of(page))]
+pages_with_code = [
+    page for page in PAGES if page != ELSEWHERE and any(block.language == "python" for block in blocks_of(page))
+]
 
 
+# Keras on torch hands tensors to NumPy, which says so
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 @pytest.mark.parametrize("page", pages_with_code, ids=map(name_of, pages_with_code))
 def test_the_code_of_a_page_runs_and_prints_what_is_shown(page, elsewhere):
     run_blocks(page)
@@ -88,6 +43,7 @@ def test_the_code_of_a_page_runs_and_prints_what_is_shown(page, elsewhere):
 def test_the_pages_of_the_documentation_are_found():
     assert {"README.md", "docs/index.md", "docs/compare.md"} <= set(map(name_of, PAGES))
     assert ROOT / "README.md" in pages_with_code
+    assert ELSEWHERE in PAGES
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from batchnorm.errors import BatchNormError, DataError, OptionError
 from batchnorm.keras.internals import as_array, graph_of, quietly, told, untraced
 from batchnorm.keras.linear import linear_before
 from batchnorm.keras.naming import names_of, norms_of, numbers_of
+from batchnorm.keras.normalization import BatchNormalization
+from batchnorm.keras.weighing import weights_of
 from batchnorm.moments import Moments
 from batchnorm.protocol import Measure, Measured, Pair, Statistics, note, piece
 
@@ -32,7 +34,9 @@ def stored(model: Any) -> list[Statistics]:
 def _statistics(layer: Any, name: str) -> Statistics:
     mean, variance, *_ = numbers_of(layer)
     fixed = "" if layer.trainable else "it is frozen: set trainable = True first if it shall move"
-    return Statistics(name, mean, variance, float(layer.epsilon), unbiased=False, fixed=fixed, key=layer)
+    return Statistics(
+        name, mean, variance, float(layer.epsilon), unbiased=getattr(layer, "unbiased", False), fixed=fixed, key=layer
+    )
 
 
 def batches_of(data: Any) -> Any:
@@ -137,8 +141,8 @@ class _Watch:
         layer = one.key
         call, kept = layer.call, dict(vars(layer))
 
-        def watched(inputs: Any, training: Any = None, mask: Any = None) -> Any:
-            pair = self._note(one, inputs, mask)
+        def watched(inputs: Any, training: Any = None, mask: Any = None, sample_weight: Any = None) -> Any:
+            pair = self._note(one, inputs, *_weighing(layer, inputs, mask, sample_weight))
             variables = (layer.moving_mean, layer.moving_variance)
             mapping = [
                 (v, keras.ops.convert_to_tensor(new, dtype=v.dtype)) for v, new in zip(variables, pair, strict=True)
@@ -155,22 +159,37 @@ class _Watch:
             if "call" in kept:
                 vars(layer)["call"] = kept["call"]
 
-    def _note(self, one: Statistics, inputs: Any, mask: Any) -> Pair:
+    def _note(self, one: Statistics, inputs: Any, weight: np.ndarray | None, places: int) -> Pair:
         x = as_array(inputs)
-        if self.first and one not in self.found and mask is None and x.size:
+        if self.first and one not in self.found and weight is None and x.size:
             part = np.moveaxis(x, one.key.axis, 1)
             self.inputs[one] = np.array(part[piece(part.shape)], np.promote_types(x.dtype, np.float32))
-        moments = _moments(x, one.key.axis, None if mask is None else as_array(mask))
+        moments = _moments(x, one.key.axis, weight)
         note(self.found, one, moments)
         # a single value has no variance
-        own = one.pair if one.fixed or moments.count < 2 else (moments.mean, moments.variance)
+        own = one.pair if one.fixed or places < 2 else (moments.mean, moments.variance)
         return own if self.use is None else self.use.get(one, one.pair)
 
 
-def _moments(x: np.ndarray, axis: int, mask: np.ndarray | None) -> Moments:
+def _weighing(layer: Any, inputs: Any, mask: Any, sample_weight: Any) -> tuple[np.ndarray | None, int]:
+    """Return mask times weights of a call, as they meet the inputs, and how many values of a channel count."""
+    shape, axis = tuple(inputs.shape), layer.axis % len(inputs.shape)
+    if isinstance(layer, BatchNormalization):
+        mask = getattr(inputs, "_keras_mask", None) if mask is None else mask
+        weight = weights_of(inputs, axis, mask, sample_weight)
+    else:
+        weight = None if mask is None else keras.ops.expand_dims(keras.ops.cast(mask, "bool"), -1)
+    if weight is None:
+        return None, int(np.prod(shape)) // max(1, shape[axis])
+    array = as_array(weight).astype(np.float64)
+    every = np.broadcast_to(array, tuple(array.shape[i] if i == axis else n for i, n in enumerate(shape)))
+    places = (every != 0).sum(tuple(i for i in range(len(shape)) if i != axis))
+    return every, int(places.max(initial=0))
+
+
+def _moments(x: np.ndarray, axis: int, weight: np.ndarray | None) -> Moments:
     """Measure the channels on ``axis`` in float64, a few samples at a time."""
     axes = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
-    weight = None if mask is None else np.expand_dims(mask.astype(np.float64), axis)
     step = max(1, BLOCK // max(1, x[:1].size))
     total = Moments(0, np.zeros(x.shape[axis]), np.zeros(x.shape[axis]))
     for start in range(0, len(x), step):

@@ -1,5 +1,6 @@
 """Build a functional Keras model again, with other layers in the places of some, or in another dtype."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,8 @@ class Edits:
         biasless: linear layers that lose their bias.
         means: new moving means.
         numbers: batch normalization layers that take the numbers of another.
+        configs: what the config of a layer becomes, by a function of it, for layers inside of layers too.
+        classes: what becomes of the class of a layer with such a config.
         dtype: of all layers; `None` for the one that each has.
     """
 
@@ -46,6 +49,8 @@ class Edits:
     biasless: set[int] = field(default_factory=set)
     means: dict[int, np.ndarray] = field(default_factory=dict)
     numbers: dict[int, Norm] = field(default_factory=dict)
+    configs: Callable[[type, Any], Any] | None = None
+    classes: dict[type, type] = field(default_factory=dict)
     dtype: str | None = None
 
 
@@ -180,23 +185,32 @@ class _Builder:
     def _from_config(self, layer: Any, config: dict[str, Any]) -> Any:
         if self.edits.dtype is not None:
             config = _retyped(config, self.edits.dtype)
-        values = self.edits.weights.get(id(layer), {})
-        if any(bias is not None for _, bias in values.values()) and linear.bias_of(layer) is None:
-            config = {**config, **linear.bias_config(layer)}
-        if id(layer) in self.edits.biasless:
-            config = {**config, **linear.no_bias_config(layer)}
+        cls: Any = self.edits.classes.get(type(layer), type(layer))
+        if self.edits.configs is not None:
+            config = self.edits.configs(type(layer), config)
+        config = {**config, **self._entries(layer)}
         if isinstance(layer, keras.layers.Lambda):
             kept = {key: config[key] for key in ("name", "dtype", "trainable") if key in config}
             own = {"output_shape": layer._output_shape, "mask": layer.mask, "arguments": layer.arguments}
             return type(layer)(layer.function, **own, **kept)
-        if id(layer) in self.edits.numbers:
-            config = {**config, **_norm_config(layer, self.edits.numbers[id(layer)])}
         live = {key: getattr(layer, key) for key in ("activation",) if key in config}
         try:
-            return type(layer).from_config(config)
+            return cls.from_config(config)
         except (TypeError, ValueError):
             # a function that is not registered has no config
-            return type(layer).from_config({**config, **live})
+            return cls.from_config({**config, **live})
+
+    def _entries(self, layer: Any) -> dict[str, Any]:
+        """Return what the edits change in the config of a layer."""
+        entries: dict[str, Any] = {}
+        values = self.edits.weights.get(id(layer), {})
+        if any(bias is not None for _, bias in values.values()) and linear.bias_of(layer) is None:
+            entries |= linear.bias_config(layer)
+        if id(layer) in self.edits.biasless:
+            entries |= linear.no_bias_config(layer)
+        if id(layer) in self.edits.numbers:
+            entries |= _norm_config(layer, self.edits.numbers[id(layer)])
+        return entries
 
     def _fill(self, layer: Any) -> None:
         """Give the copy of a layer its weights, once, after its first call has built it."""
@@ -205,7 +219,7 @@ class _Builder:
             return
         self.filled.add(id(layer))
         pairs = parts(layer), parts(self._copy(layer))
-        if [type(part) for part in pairs[0]] != [type(part) for part in pairs[1]]:
+        if [self.edits.classes.get(type(part), type(part)) for part in pairs[0]] != [type(part) for part in pairs[1]]:
             raise _uncopied(layer, "its copy holds other layers")
         for old, new in zip(*pairs, strict=True):
             self._fill_one(old, new, self.edits.weights.get(id(old), {}))

@@ -6,8 +6,9 @@ from typing import Any
 import keras
 
 from batchnorm.errors import OptionError
-from batchnorm.keras.internals import forget_compiled
+from batchnorm.keras.internals import as_array, forget_compiled
 from batchnorm.keras.naming import hard_wired, norms_of, numbers_of
+from batchnorm.keras.normalization import LONG
 from batchnorm.states import Mend, NormState
 
 __all__ = ["HALF", "mend", "states"]
@@ -45,6 +46,8 @@ def _state(layer: Any, names: Mapping[Any, str], trained: set[int], *, by_batch:
         moves=bool(layer.trainable),
         trainable=any(id(v) in trained for v in parameters) if parameters else None,
         frozen=not layer.trainable,
+        debiased=bool(getattr(layer, "debias", False)),
+        updates=_updates(layer),
         synchronized=bool(getattr(layer, "synchronized", False)),
         ghost=getattr(layer, "virtual_batch_size", None),
         shared=_sharing(layer, names),
@@ -53,6 +56,13 @@ def _state(layer: Any, names: Mapping[Any, str], trained: set[int], *, by_batch:
 
 def _dtype(layer: Any) -> str:
     return str(keras.backend.standardize_dtype(layer.moving_variance.dtype))
+
+
+def _updates(layer: Any) -> int | None:
+    """Return the steps that a layer has counted; one that was given statistics without a count does not know."""
+    counter = getattr(layer, "updates", None)
+    steps = None if counter is None else int(as_array(counter.value))
+    return steps if steps is None or steps < LONG else None
 
 
 def _sharing(layer: Any, names: Mapping[Any, str]) -> tuple[str, ...]:
