@@ -38,9 +38,9 @@ class Edits:
         weights: new kernels and biases.
         biasless: linear layers that lose their bias.
         means: new moving means.
+        numbers: batch normalization layers that take the numbers of another.
         configs: what the config of a layer becomes, by a function of it, for layers inside of layers too.
         classes: what becomes of the class of a layer with such a config.
-        numbers: batch normalization layers that take the numbers of another.
         dtype: of all layers; `None` for the one that each has.
     """
 
@@ -48,9 +48,9 @@ class Edits:
     weights: dict[int, linear.Values] = field(default_factory=dict)
     biasless: set[int] = field(default_factory=set)
     means: dict[int, np.ndarray] = field(default_factory=dict)
+    numbers: dict[int, Norm] = field(default_factory=dict)
     configs: Callable[[type, Any], Any] | None = None
     classes: dict[type, type] = field(default_factory=dict)
-    numbers: dict[int, Norm] = field(default_factory=dict)
     dtype: str | None = None
 
 
@@ -188,23 +188,29 @@ class _Builder:
         cls: Any = self.edits.classes.get(type(layer), type(layer))
         if self.edits.configs is not None:
             config = self.edits.configs(type(layer), config)
-        values = self.edits.weights.get(id(layer), {})
-        if any(bias is not None for _, bias in values.values()) and linear.bias_of(layer) is None:
-            config = {**config, **linear.bias_config(layer)}
-        if id(layer) in self.edits.biasless:
-            config = {**config, **linear.no_bias_config(layer)}
+        config = {**config, **self._entries(layer)}
         if isinstance(layer, keras.layers.Lambda):
             kept = {key: config[key] for key in ("name", "dtype", "trainable") if key in config}
             own = {"output_shape": layer._output_shape, "mask": layer.mask, "arguments": layer.arguments}
             return type(layer)(layer.function, **own, **kept)
-        if id(layer) in self.edits.numbers:
-            config = {**config, **_norm_config(layer, self.edits.numbers[id(layer)])}
         live = {key: getattr(layer, key) for key in ("activation",) if key in config}
         try:
             return cls.from_config(config)
         except (TypeError, ValueError):
             # a function that is not registered has no config
             return cls.from_config({**config, **live})
+
+    def _entries(self, layer: Any) -> dict[str, Any]:
+        """Return what the edits change in the config of a layer."""
+        entries: dict[str, Any] = {}
+        values = self.edits.weights.get(id(layer), {})
+        if any(bias is not None for _, bias in values.values()) and linear.bias_of(layer) is None:
+            entries |= linear.bias_config(layer)
+        if id(layer) in self.edits.biasless:
+            entries |= linear.no_bias_config(layer)
+        if id(layer) in self.edits.numbers:
+            entries |= _norm_config(layer, self.edits.numbers[id(layer)])
+        return entries
 
     def _fill(self, layer: Any) -> None:
         """Give the copy of a layer its weights, once, after its first call has built it."""
