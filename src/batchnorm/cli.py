@@ -138,6 +138,7 @@ def _compare(given: argparse.Namespace) -> None:
         "",
         f"report: {found.out / 'report.html'}",
         *map("model: {}".format, found.best.files),
+        *filter(None, [found.best.left_out]),
     )
 
 
