@@ -268,7 +268,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     def _move(self, batch: Batch, known: int | None) -> None:
         """Move the moving statistics by a batch, unless that is not finite, or nothing says that it has two values."""
         moved = [(variable, ops.cast(new, variable.dtype)) for variable, new in self._moved(batch)]
-        sound = ops.all(ops.isfinite(ops.stack([ops.sum(new) for _, new in moved])))
+        sound = ops.isfinite(sum(ops.cast(ops.sum(new), "float32") for _, new in moved))
         if at_hand(sound) and known is not None:
             if not bool(sound):
                 self._warn()
