@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import numpy as np
 
-__all__ = ["Total", "at_hand", "total_over_replicas"]
+__all__ = ["Total", "at_hand", "is_eager_torch", "total_over_replicas"]
 
 # sums a list of tensors over all replicas
 Total = Callable[[list[Any]], list[Any]]
@@ -30,6 +30,11 @@ def at_hand(x: Any) -> bool:
 
         return not tf.is_symbolic_tensor(x)
     return isinstance(x, np.ndarray | np.generic)
+
+
+def is_eager_torch(x: Any) -> bool:
+    """Say whether ``x`` is a tensor of torch that nothing traces, compiles or transforms."""
+    return keras.backend.backend() == "torch" and at_hand(x)
 
 
 def total_over_replicas() -> Total | None:

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import keras
 import numpy as np
 from keras import ops
 
@@ -105,8 +104,6 @@ def measure(
         return sums if total is None else total(sums)
 
     known = total is None and None not in x.shape
-    if weight is None and known and ghosts is None and keras.backend.backend() == "torch" and x.numel():
-        return _measure_torch(x, axes)
     if weight is None and known and ghosts is None:
         (first,) = summed(ops.stop_gradient(x))
         count = places = _size(x, axes)
@@ -134,16 +131,6 @@ def measure(
     # rounding may leave less than nothing
     variance = ops.where(variance < 0, ops.zeros_like(variance), variance)
     return batch._replace(centred=d - batch.spread(off), off=off, variance=variance)
-
-
-def _measure_torch(x: Any, axes: tuple[int, ...]) -> Batch:
-    """Do the same in three calls of torch, each of which costs a small layer its time."""
-    import torch
-
-    centre, count = x.detach().mean(axes, keepdim=True), _size(x, axes)
-    d = x - centre
-    variance, off = torch.var_mean(d, axes, correction=0, keepdim=True)
-    return Batch(d - off, centre, off, variance, count, count, None)
 
 
 def _sum(v: Any, axes: tuple[int, ...], ghosts: Ghosts | None) -> Any:

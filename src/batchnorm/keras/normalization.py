@@ -8,7 +8,7 @@ from keras import ops
 
 from batchnorm.errors import BatchNormWarning, ChannelError, OptionError, ShapeError
 from batchnorm.keras import options
-from batchnorm.keras.backends import at_hand, total_over_replicas
+from batchnorm.keras.backends import at_hand, is_eager_torch, total_over_replicas
 from batchnorm.keras.batches import Batch, ghosts_of, measure
 from batchnorm.keras.weighing import weights_of
 
@@ -210,6 +210,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
 
     def _train(self, x: Any, weight: Any) -> Any:
         axis = self.axis % len(x.shape)
+        if weight is None and self._is_plain and is_eager_torch(x) and x.numel() > x.shape[axis]:
+            return self._train_on_torch(x, axis)
         batch = measure(
             x,
             tuple(i for i in range(len(x.shape)) if i != axis),
@@ -229,6 +231,27 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         y = self._normalize(batch, x)
         if known is None or known > 1:
             self._move(batch, known)
+        return y
+
+    @property
+    def _is_plain(self) -> bool:
+        return not (self.renorm or self.synchronized or self.debias) and self.virtual_batch_size is None
+
+    def _train_on_torch(self, x: Any, axis: int) -> Any:
+        """Do the same in few calls: for a small layer they cost more than the arithmetic."""
+        from batchnorm.keras import on_torch
+
+        y, mean, variance = on_torch.normalize(x, axis, self.gamma, self.beta, self.epsilon)
+        if self.unbiased:
+            count = x.numel() // x.shape[axis]
+            variance *= count / (count - 1)
+        moving = (self.moving_mean, self.moving_variance)
+        moved = on_torch.moved(moving, (mean, variance), 1.0 - self.momentum)
+        if moved is None:
+            self._warn()
+        else:
+            for variable, new in zip(moving, moved, strict=True):
+                variable.assign(new)
         return y
 
     def _normalize(self, batch: Batch, x: Any) -> Any:
