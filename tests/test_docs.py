@@ -80,6 +80,8 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=map(name_of, PAGES))
 pages_with_code = [page for page in PAGES if any(block.language == "python" for block in blocks_of(page))]
 
 
+# NumPy 2 says it whenever Keras makes an array of a torch tensor
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 @pytest.mark.parametrize("page", pages_with_code, ids=map(name_of, pages_with_code))
 def test_the_code_of_a_page_runs_and_prints_what_is_shown(page, elsewhere):
     run_blocks(page)
