@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 TFVENV := .venv-tensorflow
 JOBS   ?= 2
 
-.PHONY: compare test test-keras lint docs bench zoo format browser clean help
+.PHONY: compare test test-keras lint docs bench bench-keras zoo format browser clean help
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -63,6 +63,9 @@ bench: $(VENV)/.zoo  ## the measured figures of README and docs, in benchmarks/
 	$(BIN)/batchnorm bench check --out benchmarks
 	$(BIN)/batchnorm bench sync --out benchmarks
 	$(BIN)/batchnorm bench keras --out benchmarks
+
+bench-keras: $(TFVENV)/.dev  ## the figures of Keras on torch, JAX and TensorFlow, in benchmarks/
+	$(TFVENV)/bin/batchnorm bench keras --out benchmarks
 
 format: $(VENV)/.dev  ## mend format and style in place
 	$(BIN)/ruff format .
