@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 # TensorFlow wants other versions of some libraries
 TFVENV := .venv-tensorflow
+# what a test compiles it runs once or twice
+QUICK_XLA := "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 JOBS   ?= 2
 
 .PHONY: compare test test-keras lint docs bench bench-keras zoo format browser clean help
@@ -37,7 +39,7 @@ compare: $(VENV)/.lab  ## train with and without batch normalization on real dat
 
 test: $(VENV)/.dev browser lint docs  ## everything that needs no TensorFlow
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
-	KERAS_BACKEND=jax JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/backends -n $(JOBS) --dist worksteal
+	KERAS_BACKEND=jax JAX_PLATFORMS=cpu XLA_FLAGS=$(QUICK_XLA) $(BIN)/python -m pytest tests/backends -n $(JOBS) --dist worksteal
 
 test-keras: $(TFVENV)/.dev  ## what holds on every backend of Keras, on TensorFlow
 	KERAS_BACKEND=tensorflow $(TFVENV)/bin/python -m pytest tests/backends -n $(JOBS) --dist worksteal

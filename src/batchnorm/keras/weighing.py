@@ -35,7 +35,8 @@ def weights_of(x: Any, axis: int, mask: Any, sample_weight: Any) -> Any | None:
             _check_values(v, name)
         factor = _over_places(ops.cast(v, x.dtype if number else "bool"), x.shape, axis, name)
         # a weight of a place that does not count may be NaN
-        weight = ops.where(factor != 0, factor * weight if number else weight, ops.zeros_like(weight))
+        counted, factor = (factor != 0, factor * weight) if number else (factor, weight)
+        weight = ops.where(counted, factor, ops.zeros_like(factor))
     channels = weight.shape[axis]
     return ops.broadcast_to(weight, [channels if i == axis else n for i, n in enumerate(ops.shape(x))])
 
