@@ -8,6 +8,8 @@ import runpy
 from pathlib import Path
 from typing import NamedTuple
 
+import keras
+
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 
@@ -38,6 +40,8 @@ def run_blocks(page):
 
     A block with a title is a file: it is written to the current folder and run from there.
     """
+    # so that layers without a name are numbered from the first one
+    keras.utils.clear_session()
     blocks, names = blocks_of(page), {"__name__": "__docs__"}
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):
         if block.language != "python":

@@ -333,3 +333,15 @@ def test_inputs_that_do_not_fit_are_refused(rng):
     ):
         layer(np.zeros((4, 3), "float32"), mask=np.ones((5,), bool), training=True)
     assert all(map(np.array_equal, numbers(layer), before))
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="the other backends have no gradient of ours")
+def test_derivatives_of_derivatives_are_right(rng):
+    import torch
+
+    from batchnorm.keras.on_torch import normalize
+
+    x, gamma, beta = (torch.tensor(rng.normal(size=size), requires_grad=True) for size in ((4, 3, 2), (3,), (3,)))
+    for derived in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert derived(lambda *given: normalize(given[0], 1, *given[1:], 1e-3)[0], (x, gamma, beta))
+        assert derived(lambda x: normalize(x, 1, None, None, 1e-3)[0], (x,))

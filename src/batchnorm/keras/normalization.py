@@ -241,7 +241,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         """Do the same in few calls: for a small layer they cost more than the arithmetic."""
         from batchnorm.keras import on_torch
 
-        y, mean, variance = on_torch.normalize(x, axis, self.gamma, self.beta, self.epsilon)
+        gamma, beta = (None if v is None else v.value for v in (self.gamma, self.beta))
+        y, mean, variance = on_torch.normalize(x, axis, gamma, beta, self.epsilon)
         if self.unbiased:
             count = x.numel() // x.shape[axis]
             variance *= count / (count - 1)

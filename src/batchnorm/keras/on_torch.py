@@ -1,4 +1,4 @@
-"""A step of training on torch, where the calls that a small layer makes cost more than its arithmetic: few calls, one gradient."""
+"""A step of training on torch, where the calls of a small layer cost more than its arithmetic: few calls, one gradient."""
 
 import math
 from collections.abc import Sequence
@@ -18,15 +18,15 @@ def normalize(x: Tensor, axis: int, gamma: Any, beta: Any, eps: float) -> tuple[
     Args:
         x: in float32 or wider, with two values a channel or more.
         axis: of the channels.
-        gamma: variable ``(C,)``, or ``None`` for 1.
-        beta: variable ``(C,)``, or ``None`` for 0.
+        gamma: ``(C,)``, or ``None`` for 1.
+        beta: ``(C,)``, or ``None`` for 0.
         eps: added to the variance under the root.
     """
     shape = [1] * x.ndim
     shape[axis] = -1
-    gamma, beta = (None if v is None else v.value.to(x.dtype).view(shape) for v in (gamma, beta))
+    gamma, beta = (None if v is None else v.to(x.dtype).view(shape) for v in (gamma, beta))
     axes = tuple(i for i in range(x.ndim) if i != axis)
-    y, mean, variance = _Normalize.apply(x, gamma, beta, axes, eps)
+    y, mean, variance = _Normalize.apply(x, gamma, beta, axes, eps)  # type: ignore[no-untyped-call]
     return y, mean.view(-1), variance.view(-1)
 
 
