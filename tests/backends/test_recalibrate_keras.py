@@ -10,7 +10,7 @@ import pytest
 from keras import layers as L  # noqa: N812
 
 import batchnorm as bn
-from batchnorm.errors import BatchNormError, OptionError
+from batchnorm.errors import BatchNormError, DataError, OptionError
 
 # NumPy 2 says it whenever Keras makes an array of a torch tensor
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -229,3 +229,9 @@ def test_forward_calls_the_model_in_its_own_way():
     bn.recalibrate(model, data, forward=lambda model, batch: model(batch["pixels"], training=False), progress=False)
     values = np.concatenate(batches()).astype(np.float64)
     np.testing.assert_allclose(array(model.layers[0].moving_mean), values.mean((0, 1, 2)), rtol=1e-5, atol=1e-7)
+
+
+def test_what_is_wrong_is_said_in_words_of_ours():
+    model = keras.Sequential([keras.Input((3,)), L.BatchNormalization(name="norm")])
+    with pytest.raises(DataError, match=r"^what reaches layer 'norm' must be finite.* before$"):
+        bn.recalibrate(model, [np.full((4, 3), np.nan, "float32")], progress=False)

@@ -1,12 +1,15 @@
 """What must be asked of each backend of Keras in its own words: whether values are at hand, and sums over replicas."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import keras
 import numpy as np
 
-__all__ = ["Total", "at_hand", "is_eager_torch", "total_over_replicas"]
+from batchnorm.errors import BatchNormError
+
+__all__ = ["Total", "at_hand", "in_own_words", "is_eager_torch", "total_over_replicas"]
 
 # sums a list of tensors over all replicas
 Total = Callable[[list[Any]], list[Any]]
@@ -35,6 +38,16 @@ def at_hand(x: Any) -> bool:
 def is_eager_torch(x: Any) -> bool:
     """Say whether ``x`` is a tensor of torch that nothing traces, compiles or transforms."""
     return keras.backend.backend() == "torch" and at_hand(x)
+
+
+@contextmanager
+def in_own_words() -> Iterator[None]:
+    """Keep Keras from putting words and arguments of its own around an error of ours, where one leaves a call."""
+    try:
+        yield
+    except BatchNormError as error:
+        vars(error)["_keras_call_info_injected"] = True
+        raise
 
 
 def total_over_replicas() -> Total | None:

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from batchnorm.errors import BatchNormError, DataError, OptionError
+from batchnorm.keras.backends import in_own_words
 from batchnorm.keras.internals import as_array, graph_of, quietly, tensorflow_data, told, untraced
 from batchnorm.keras.linear import linear_before
 from batchnorm.keras.naming import names_of, norms_of, numbers_of
@@ -159,7 +160,8 @@ class _Watch:
         call, kept = layer.call, dict(vars(layer))
 
         def watched(inputs: Any, training: Any = None, mask: Any = None, sample_weight: Any = None) -> Any:
-            pair = self._note(one, inputs, *_weighing(layer, inputs, mask, sample_weight))
+            with in_own_words():
+                pair = self._note(one, inputs, *_weighing(layer, inputs, mask, sample_weight))
             variables = (layer.moving_mean, layer.moving_variance)
             mapping = [
                 (v, keras.ops.convert_to_tensor(new, dtype=v.dtype)) for v, new in zip(variables, pair, strict=True)

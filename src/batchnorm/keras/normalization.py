@@ -8,7 +8,7 @@ from keras import ops
 
 from batchnorm.errors import BatchNormWarning, ChannelError, OptionError, ShapeError
 from batchnorm.keras import options
-from batchnorm.keras.backends import at_hand, is_eager_torch, total_over_replicas
+from batchnorm.keras.backends import at_hand, in_own_words, is_eager_torch, total_over_replicas
 from batchnorm.keras.batches import Batch, ghosts_of, measure
 from batchnorm.keras.weighing import weights_of
 
@@ -197,8 +197,9 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             # with two arguments that are tensors, Keras does not look for it
             mask = getattr(inputs, "_keras_mask", None)
         x = ops.cast(inputs, width)
-        weight = weights_of(x, self.axis % len(x.shape), mask, sample_weight)
-        y = self._train(x, weight) if training and self.trainable else self._evaluate(x)
+        with in_own_words():
+            weight = weights_of(x, self.axis % len(x.shape), mask, sample_weight)
+            y = self._train(x, weight) if training and self.trainable else self._evaluate(x)
         return ops.cast(y, self.compute_dtype)
 
     def _evaluate(self, x: Any) -> Any:
