@@ -81,33 +81,19 @@ def _add_compare(verbs: Any) -> None:
     verb = _verb(verbs, "compare", _compare, "find out on your data whether, where and how batch normalization helps")
     verb.set_defaults(stopped="what was finished is kept, the same command continues")
     add = verb.add_argument
-    add(
-        "data",
-        help="digits, a .csv .tsv .parquet .npz or IDX file, a folder of IDX files or of class folders",
-    )
+    add("data", help="digits, a .csv .tsv .parquet .npz or IDX file, a folder of IDX files or of class folders")
     add("--target", metavar="COLUMN", help="the column of labels, for tables")
     add("--drop", type=_words, default=(), metavar="A,B", help="columns to leave out, for tables")
     add("--image-size", type=_size, metavar="WxH", help="scale the images of a folder")
-    add(
-        "--out",
-        type=Path,
-        default=Path("comparison"),
-        metavar="DIR",
-        help="report, rows and model (comparison)",
-    )
+    out = Path("comparison")
+    add("--out", type=Path, default=out, metavar="DIR", help="report, rows and model (comparison)")
     add(
         "--model",
         default="mlp",
         help="mlp, cnn, resmlp or package.module:factory; keras:dense, keras:cnn or keras:package.module:factory (mlp)",
     )
     add("--arms", type=_words, metavar="A,B", help="names of arms (none,before,after)")
-    add(
-        "--arm",
-        action="append",
-        default=[],
-        metavar="ARM",
-        help="a name, or 'name: norm=batch, batch_size=8'",
-    )
+    add("--arm", action="append", default=[], metavar="ARM", help="a name, or 'name: norm=batch, batch_size=8'")
     add("--learning-rates", type=_numbers, metavar="A,B", help="the grid (0.01 to 10)")
     add("--seeds", type=int, default=10, metavar="N", help="paired runs of each arm and rate (10)")
     add("--steps", type=int, default=500, metavar="N", help="steps of each run (500)")
