@@ -2,10 +2,6 @@
 
 import copy
 import json
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +24,7 @@ from batchnorm.lab.shipping import (
     best_folder,
     is_exact,
     onnx_checked,
+    quiet_exporter,
     rounding,
     unfolded,
 )
@@ -129,7 +126,7 @@ def load_model(path: str | Path) -> nn.Module:
 
 
 def _save_onnx(deployed: Deployed, path: Path, x: np.ndarray) -> dict[str, Any]:
-    with _quiet_exporter():
+    with quiet_exporter():
         program = torch.onnx.export(
             deployed.network,
             (torch.from_numpy(x[:2]),),
@@ -150,17 +147,3 @@ def _save_onnx(deployed: Deployed, path: Path, x: np.ndarray) -> dict[str, Any]:
 def _outputs(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
     with evaluating(network):
         return torch.cat([network(part) for part in torch.split(x, 4096)])
-
-
-@contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Hold back the exporter's remarks about libraries that this project does not use."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

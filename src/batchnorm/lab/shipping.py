@@ -1,7 +1,9 @@
 """What every framework's winner goes through: a proof, a folder that is whole or not there, a run in onnxruntime."""
 
+import logging
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +14,7 @@ import numpy as np
 
 from batchnorm.errors import VerificationError
 
-__all__ = ["Deployed", "Saved", "best_folder", "is_exact", "onnx_checked", "rounding", "unfolded"]
+__all__ = ["Deployed", "Saved", "best_folder", "is_exact", "onnx_checked", "quiet_exporter", "rounding", "unfolded"]
 
 RECALIBRATION_ROWS = 10_000
 EXAMPLE_ROWS, ROWS_AT_ONCE = 64, 1024
@@ -113,3 +115,17 @@ def onnx_checked(path: Path, rows: np.ndarray, expected: np.ndarray, bound: floa
         raise VerificationError(f"onnxruntime must agree within {bound:.1e}, its logits differ by {error:.1e}")
     operators = [node.op_type for node in graph.graph.node]
     return {"operators": operators, "norms": operators.count("BatchNormalization"), "error": error}
+
+
+@contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Hold back the exporter's remarks about libraries that this project does not use."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

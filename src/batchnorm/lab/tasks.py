@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ __all__ = [
     "Task",
     "batches",
     "row_of",
+    "units_of",
 ]
 
 Row = dict[str, Any]
@@ -118,3 +119,29 @@ def _peak_memory_mb() -> float:
         return int(line.split()[1]) / 1024
     info = psutil.Process().memory_info()
     return float(getattr(info, "peak_wset", info.rss)) / 2**20
+
+
+def units_of(probed: Sequence[tuple[int, list[np.ndarray]]]) -> list[dict[str, Any]]:
+    """Return for each activation layer the path of its first unit's percentiles, and the drift of its first units.
+
+    Drift is the way that the median of a unit goes during training, in units of its mean 15–85 % spread; the layer's is the
+    median over its first 32 units.
+
+    Args:
+        probed: steps, and for each layer the percentiles ``(3, units)`` of what it receives.
+    """
+    layers = []
+    for layer in zip(*(found for _, found in probed), strict=True):
+        path = np.stack(layer)
+        spread = (path[:, 2] - path[:, 0]).mean(0)
+        way = np.abs(np.diff(path[:, 1], axis=0)).sum(0)
+        drifts = np.sort(way / np.maximum(spread, np.finfo(np.float64).tiny))
+        drift = float(drifts[(len(drifts) - 1) // 2])
+        layers.append(
+            {
+                "steps": [step for step, _ in probed],
+                "percentiles": np.nan_to_num(path[:, :, 0], nan=0.0, posinf=0.0, neginf=0.0).tolist(),
+                "drift": drift if math.isfinite(drift) else None,
+            }
+        )
+    return layers

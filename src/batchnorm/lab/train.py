@@ -5,7 +5,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from batchnorm.lab.tasks import (
     Task,
     batches,
     row_of,
+    units_of,
 )
 from batchnorm.torch.evaluation import evaluating
 
@@ -172,23 +173,5 @@ class _Watch:
         return found
 
     def units(self) -> list[dict[str, Any]]:
-        """Return for each activation layer the path of its first unit's percentiles, and the drift of its first units.
-
-        Drift is the way that the median of a unit goes during training, in units of its mean 15–85 % spread; the layer's
-        is the median over its first 32 units.
-        """
-        layers = []
-        for layer in zip(*(found for _, found in self.probed), strict=True):
-            path = torch.stack(layer)
-            spread = (path[:, 2] - path[:, 0]).mean(0)
-            way = path[:, 1].diff(dim=0).abs().sum(0)
-            drift = (way / spread.clamp_min(torch.finfo(torch.float64).tiny)).median().item()
-            first = path[:, :, 0]
-            layers.append(
-                {
-                    "steps": [step for step, _ in self.probed],
-                    "percentiles": cast(list[list[float]], first.nan_to_num(0.0, 0.0, 0.0).tolist()),
-                    "drift": drift if math.isfinite(drift) else None,
-                }
-            )
-        return layers
+        """Return what the probes have seen, for each activation layer."""
+        return units_of([(step, [values.numpy() for values in found]) for step, found in self.probed])

@@ -1,9 +1,5 @@
 """Make a winner of Keras ready to ship: statistics over the training set, normalization folded away, outputs verified."""
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +22,7 @@ from batchnorm.lab.shipping import (
     best_folder,
     is_exact,
     onnx_checked,
+    quiet_exporter,
     rounding,
     unfolded,
 )
@@ -145,19 +142,5 @@ def _save_keras(deployed: Deployed, folder: Path, rows: np.ndarray, expected: np
 
 
 def _export(model: Any, path: Path) -> None:
-    with _quiet_exporter():
+    with quiet_exporter():
         model.export(str(path), format="onnx", verbose=False)
-
-
-@contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Hold back the exporter's remarks about libraries that this project does not use."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

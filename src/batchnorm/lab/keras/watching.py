@@ -18,6 +18,7 @@ from batchnorm.lab.tasks import (
     PROBE_ROWS,
     PROBE_UNITS,
     Scores,
+    units_of,
 )
 
 __all__ = ["Watch", "logits_of", "score"]
@@ -84,26 +85,8 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
             self.probed.append((self.step, _percentiles(self.model, self.split.x_val[:PROBE_ROWS])))
 
     def units(self) -> list[dict[str, Any]]:
-        """Return for each activation layer the path of its first unit's percentiles, and the drift of its first units.
-
-        Drift is the way that the median of a unit goes during training, in units of its mean 15–85 % spread; the layer's
-        is the median over its first 32 units.
-        """
-        layers = []
-        for layer in zip(*(found for _, found in self.probed), strict=True):
-            path = np.stack(layer)
-            spread = (path[:, 2] - path[:, 0]).mean(0)
-            way = np.abs(np.diff(path[:, 1], axis=0)).sum(0)
-            drifts = np.sort(way / np.maximum(spread, np.finfo(np.float64).tiny))
-            drift = float(drifts[(len(drifts) - 1) // 2])
-            layers.append(
-                {
-                    "steps": [step for step, _ in self.probed],
-                    "percentiles": np.nan_to_num(path[:, :, 0], nan=0.0, posinf=0.0, neginf=0.0).tolist(),
-                    "drift": drift if math.isfinite(drift) else None,
-                }
-            )
-        return layers
+        """Return what the probes have seen, for each activation layer."""
+        return units_of(self.probed)
 
 
 def _percentiles(model: Any, rows: np.ndarray) -> list[np.ndarray]:
