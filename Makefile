@@ -43,6 +43,7 @@ test: $(VENV)/.dev browser lint docs  ## everything that needs no TensorFlow
 
 test-keras: $(TFVENV)/.dev  ## what holds on every backend of Keras, on TensorFlow
 	KERAS_BACKEND=tensorflow $(TFVENV)/bin/python -m pytest tests/backends -n $(JOBS) --dist worksteal
+	KERAS_BACKEND=jax $(TFVENV)/bin/python -m pytest tests/backends/test_exported_backends.py
 
 lint: $(VENV)/.dev  ## format, style, types, floors
 	$(BIN)/ruff format --check .
