@@ -29,5 +29,5 @@ def test_fit_is_told_in_ratios():
 
 
 def test_an_unknown_part_is_refused(tmp_path):
-    with pytest.raises(OptionError, match="the parts of bench keras are variance, fit, got speed"):
+    with pytest.raises(OptionError, match="the parts of bench keras are variance, fit, applications, got speed"):
         bench.run(tmp_path, "speed")
