@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from keras import applications
 
+from batchnorm.bench.keras_applications import norms_in, randomize
 from batchnorm.fold import fold
 from batchnorm.keras import ScaleShift
 
@@ -37,22 +38,6 @@ FAMILIES = {
 NOT_ON_TORCH = ("NASNetMobile",)
 
 
-def norms_in(model):
-    return [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
-
-
-def randomize(model):
-    rng = np.random.default_rng(0)
-    for norm in norms_in(model):
-        size = norm.moving_mean.shape
-        norm.moving_mean.assign(rng.normal(0, 0.3, size))
-        norm.moving_variance.assign(rng.uniform(0.3, 1.5, size))
-        if norm.gamma is not None:
-            norm.gamma.assign(rng.uniform(0.6, 1.2, size) * rng.choice([-1, 1], size) * (rng.random(size) > 0.05))
-        if norm.beta is not None:
-            norm.beta.assign(rng.normal(0, 0.3, size))
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_is_folded(name):
     if name in NOT_ON_TORCH and keras.backend.backend() == "torch":
@@ -61,7 +46,7 @@ def test_a_family_is_folded(name):
     model = getattr(applications, name)(
         weights=None, input_shape=(size, size, 3), classes=10, classifier_activation=None
     )
-    randomize(model)
+    randomize(model, np.random.default_rng(0))
     assert len(norms_in(model)) == norms
     result = fold(model, np.random.default_rng(0).normal(size=(2, size, size, 3)).astype("float32"))
     assert not norms_in(result.model)

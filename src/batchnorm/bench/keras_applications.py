@@ -12,7 +12,7 @@ from batchnorm.fold import fold
 from batchnorm.recalibrate import recalibrate
 from batchnorm.tables import table
 
-__all__ = ["MODELS", "measure", "shown"]
+__all__ = ["MODELS", "measure", "norms_in", "randomize", "shown"]
 
 # names of a family, and the smallest images that it takes; ConvNeXt and VGG have no batch normalization
 _FAMILIES = {
@@ -49,7 +49,7 @@ def _one(name: str, size: int) -> dict[str, Any]:
         weights=None, input_shape=(size, size, 3), classes=10, classifier_activation=None
     )
     rng = np.random.default_rng(0)
-    _randomize(model, rng)
+    randomize(model, rng)
     example = rng.normal(size=(2, size, size, 3)).astype("float32")
     begin = time.perf_counter()
     folded = fold(model, example)
@@ -57,8 +57,8 @@ def _one(name: str, size: int) -> dict[str, Any]:
     last = folded.error.measured[-1]
     return {
         "model": name,
-        "norms": len(_norms(model)),
-        "left": len(_norms(folded.model)),
+        "norms": len(norms_in(model)),
+        "left": len(norms_in(folded.model)),
         "scale_and_shift": len(folded.kept),
         "float64": float(folded.error),
         "own": float(last.relative),
@@ -81,13 +81,14 @@ def _recalibrated(model: Any, batches: np.ndarray) -> dict[str, Any]:
     return {"recalibrated": len(result.moved), "recalibration_error": float(max(errors))}
 
 
-def _norms(model: Any) -> list[Any]:
+def norms_in(model: Any) -> list[Any]:
+    """Return the batch normalization layers of a model, those of models inside of it too."""
     return [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
 
 
-def _randomize(model: Any, rng: np.random.Generator) -> None:
+def randomize(model: Any, rng: np.random.Generator) -> None:
     """Move γ, β and the statistics of all layers away from their initial values, γ of both signs and some of it zero."""
-    for norm in _norms(model):
+    for norm in norms_in(model):
         size = norm.moving_mean.shape
         norm.moving_mean.assign(rng.normal(0, 0.3, size))
         norm.moving_variance.assign(rng.uniform(0.3, 1.5, size))

@@ -116,14 +116,10 @@ def alone() -> Iterator[None]:
         if keras.backend.backend() != "torch":
             yield
             return
-        import torch
+        from batchnorm.lab.train import one_thread
 
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with one_thread():
             yield
-        finally:
-            torch.set_num_threads(before)
 
 
 def threads() -> int:
