@@ -145,16 +145,6 @@ def test_constants_of_layers_are_the_same_in_float64():
     gone(chain((3,), L.Rescaling(1 / 3), scaling, L.Dense(4), BN()), how="backward")
 
 
-def test_the_network_of_the_notes_folds_forward():
-    model = chain(
-        (28, 28), L.Flatten(), BN(), L.Dense(300, "relu", name="first"), BN(),
-        L.Dense(100, "relu", name="second"), BN(), L.Dense(10, "softmax", name="third"),
-    )  # fmt: skip
-    result = gone(model, ["first", "second", "third"], "forward")
-    assert [type(layer).__name__ for layer in result.model.layers] == ["Flatten", "Dense", "Dense", "Dense"]
-    assert result.model.count_params() == 784 * 300 + 300 + 300 * 100 + 100 + 100 * 10 + 10
-
-
 # -- what an Affine passes -----------------------------------------------------------------------------------------
 
 PASSED = {

@@ -50,6 +50,7 @@ def test_the_network_of_the_notes_folds_forward():
         L.Dense(100, "relu", name="second"), BN(), L.Dense(10, "softmax", name="third"),
     )  # fmt: skip
     result = gone(model, ["first", "second", "third"], "forward")
+    assert [type(layer).__name__ for layer in result.model.layers] == ["Flatten", "Dense", "Dense", "Dense"]
     assert result.model.count_params() == 784 * 300 + 300 + 300 * 100 + 100 + 100 * 10 + 10
 
 
