@@ -100,16 +100,29 @@ class BatchNorm(Tracking):
         if isinstance(anything, fx.Proxy):
             leaf: Tensor = self._leaf_of(x, mask=mask, sample_weight=sample_weight, residual=residual, lengths=lengths)
             return leaf
+        if mask is None and sample_weight is None and lengths is None:
+            return self.normalize(x, residual, self.options.activation)
+        return self._normalize_with(x, residual, self.options.activation, mask, sample_weight, lengths)
+
+    def normalize(self, x: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+        """Return ``activation(normalize(x) + residual)`` with an activation that need not be the layer's own."""
         if x.ndim not in self._ranks:
             self._check_input_dim(x)
-        if self._plain and mask is None and sample_weight is None and residual is None and lengths is None:
+        if self._plain and residual is None and activation is None:
             y = self._forward_plain(x)
             if y is not None:
                 return y
+        return self._normalize_with(x, residual, activation)
+
+    def _normalize_with(
+        self, x: Tensor, residual: Tensor | None, activation: str | None, *weighting: Tensor | None
+    ) -> Tensor:
+        if x.ndim not in self._ranks:
+            self._check_input_dim(x)
         try:
             group = self._group(x)
-            weights = Weights.read(x, mask, sample_weight, lengths, alone=group is None)
-            return self._forward(x, weights, residual, group)
+            weights = Weights.read(x, *(weighting or (None, None, None)), alone=group is None)
+            return self._forward(x, weights, residual, activation, group)
         except BatchNormError as error:
             error.args = (f"{describe(self)}: {error}",)
             raise
@@ -155,7 +168,9 @@ class BatchNorm(Tracking):
             batches.add_(1)
         return y
 
-    def _forward(self, x: Tensor, weights: Weights, residual: Tensor | None, group: Any) -> Tensor:
+    def _forward(
+        self, x: Tensor, weights: Weights, residual: Tensor | None, activation: str | None, group: Any
+    ) -> Tensor:
         # a trace would keep what is compared for good
         traced = torch._C._get_tracing_state() is not None
         if not traced:
@@ -170,8 +185,8 @@ class BatchNorm(Tracking):
             y = self._normalize_batch(x, weights)
         if residual is not None:
             y = weights.only_valid(y + residual)
-        if self.options.activation is not None:
-            y = ACTIVATIONS[self.options.activation](y)
+        if activation is not None:
+            y = ACTIVATIONS[activation](y)
         return weights.only_valid(y)
 
     def _check_values(self, x: Tensor, residual: Tensor | None) -> None:
