@@ -41,8 +41,8 @@ def _exp(z: Any) -> Any:
 
 @overload(_exp, jit_options={"forceinline": True})
 def _exp_of(z: Any) -> Any:
-    if z == types.float64:
-        return lambda z: math.exp(z)
+    def wide(z: Any) -> Any:
+        return math.exp(z)
 
     def narrow(z: Any) -> Any:
         z = like(z, EXP_MIN) if z < EXP_MIN else z
@@ -61,7 +61,7 @@ def _exp_of(z: Any) -> Any:
         s = s * r + like(z, 1)
         return s * power_of_two(n)
 
-    return narrow
+    return wide if z == types.float64 else narrow
 
 
 def _erf(z: Any) -> Any:
@@ -70,8 +70,8 @@ def _erf(z: Any) -> Any:
 
 @overload(_erf, jit_options={"forceinline": True})
 def _erf_of(z: Any) -> Any:
-    if z == types.float64:
-        return lambda z: math.erf(z)
+    def wide(z: Any) -> Any:
+        return math.erf(z)
 
     def narrow(z: Any) -> Any:
         # an odd rational function, right to 4e-7; beyond 4 erf is ±1 in float32
@@ -92,7 +92,7 @@ def _erf_of(z: Any) -> Any:
         b = b * v + like(z, -1.42647390514189e-02)
         return z * a / b
 
-    return narrow
+    return wide if z == types.float64 else narrow
 
 
 def _tanh(z: Any) -> Any:
@@ -101,8 +101,8 @@ def _tanh(z: Any) -> Any:
 
 @overload(_tanh, jit_options={"forceinline": True})
 def _tanh_of(z: Any) -> Any:
-    if z == types.float64:
-        return lambda z: math.tanh(z)
+    def wide(z: Any) -> Any:
+        return math.tanh(z)
 
     def narrow(z: Any) -> Any:
         v = z * z
@@ -116,7 +116,7 @@ def _tanh_of(z: Any) -> Any:
         far = like(z, 1) - like(z, 2) / (e + like(z, 1))
         return near if v < like(z, 0.09) else far
 
-    return narrow
+    return wide if z == types.float64 else narrow
 
 
 @njit(forceinline=True)

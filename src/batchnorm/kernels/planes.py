@@ -6,7 +6,7 @@ from numba import njit
 
 from batchnorm.kernels.activations import activate, slope, slope_by_output
 from batchnorm.kernels.arguments import (
-    CHANNELS, DERIVE, DONE, DRESIDUAL, DX, DY, FIXED, NEXT, PLACES, RESIDUAL, SAMPLES, X, Y,
+    BUILD, CHANNELS, DERIVE, DONE, DRESIDUAL, DX, DY, FIXED, NEXT, PLACES, RESIDUAL, SAMPLES, X, Y,
 )  # fmt: skip
 from batchnorm.kernels.scalars import add_to_slot, fused, get, like, pointer, put, slot, take
 from batchnorm.kernels.statistics import affine_of, backward_affine, keep, move_running
@@ -70,10 +70,12 @@ def measure(x: Any, samples: int, stride: int, first: int, places: int) -> Any:
     return mean + rest, m2
 
 
-def forward(act: int, adds: int) -> Any:
+def forward(build: int, act: int, adds: int) -> Any:
     """Return the kernel ``y = activation(normalize(x) + residual)``."""
 
     def kernel(p: Any) -> None:
+        if slot(p, BUILD) != build:
+            return
         x, y, residual = pointer(p, X), pointer(p, Y), pointer(p, RESIDUAL)
         samples, channels, places = slot(p, SAMPLES), slot(p, CHANNELS), slot(p, PLACES)
         count, stride, fixed = samples * places, channels * places, slot(p, FIXED)
@@ -134,10 +136,12 @@ def gradient_sums(act: int, adds: int, x: Any, dy: Any, residual: Any, start: in
     return plain, distant
 
 
-def backward(act: int, adds: int) -> Any:
+def backward(build: int, act: int, adds: int) -> Any:
     """Return the kernel of the gradients; ``adds`` is 1 where ``residual`` was added, 2 where it holds the output."""
 
     def kernel(p: Any) -> None:
+        if slot(p, BUILD) != build:
+            return
         x, dy, dx = pointer(p, X), pointer(p, DY), pointer(p, DX)
         residual, dresidual = pointer(p, RESIDUAL), pointer(p, DRESIDUAL)
         samples, channels, places = slot(p, SAMPLES), slot(p, CHANNELS), slot(p, PLACES)

@@ -1,8 +1,4 @@
-"""Kernels for ``(N, C)`` and channels-last: rows of channels, in strips that stay in the cache, or in blocks that are merged.
-
-Where a strip of channels fits into the cache with all its rows, one task does everything for it. Otherwise blocks of rows are
-measured by themselves, whoever ends last merges them, and a second run over the blocks normalizes.
-"""
+"""Kernels for ``(N, C)`` and channels-last: blocks of rows are measured, merged as Moments, and normalized in a second run."""
 
 from typing import Any
 
@@ -11,17 +7,14 @@ from numba import carray, njit
 
 from batchnorm.kernels.activations import activate
 from batchnorm.kernels.arguments import (
-    AFFINE, BLOCKS, CHANNELS, DERIVE, DONE, DRESIDUAL, DX, DY, FIXED, HEIGHT, NEXT, PARTS, PHASE, RESIDUAL, SAMPLES, STRIPS, WIDTH,
-    X, Y,
+    AFFINE, BLOCKS, BUILD, CHANNELS, DONE, DRESIDUAL, DX, DY, HEIGHT, NEXT, PARTS, RESIDUAL, SAMPLES, STRIPS, WIDTH, X, Y,
 )  # fmt: skip
 from batchnorm.kernels.planes import FAR, SUMS, centred, gradient
 from batchnorm.kernels.scalars import add_to_slot, fused, get, like, parameters, pointer, put, reals, slot, take
 from batchnorm.kernels.statistics import affine_of, backward_affine, keep, move_running
 
-__all__ = ["ALL", "APPLY", "SUM", "backward", "forward"]
+__all__ = ["apply", "derive", "measure", "sums"]
 
-# what a run does: everything for each strip, the sums of each block, or what follows from them
-ALL, SUM, APPLY = 0, 1, 2
 # rows that are added in float32 before their sum is added in float64
 TILE = 128
 # rows whose mean is the first estimate
@@ -71,7 +64,7 @@ def around(x: Any, start: int, rows: int, channels: int, mean: Any, total: Any, 
 
 
 @njit
-def measure(x: Any, start: int, rows: int, channels: int, mean: Any, total: Any, m2: Any) -> None:
+def measure_strip(x: Any, start: int, rows: int, channels: int, mean: Any, total: Any, m2: Any) -> None:
     """Find the means of a strip, as ``mean + total``, and its m2."""
     width, first = len(mean), min(rows, FIRST)
     mean[:] = 0
@@ -118,13 +111,23 @@ def affines(p: Any, zero: Any, first: int, width: int) -> Any:
     return mean, scale, shift
 
 
-def forward(act: int, adds: int) -> Any:
-    """Return the kernel ``y = activation(normalize(x) + residual)``."""
+@njit(forceinline=True)
+def block(p: Any, task: int) -> Any:
+    """Return what a task is about: its first channel and number of channels, its block, number of rows, and first element."""
+    strips, channels, height = slot(p, STRIPS), slot(p, CHANNELS), slot(p, HEIGHT)
+    first, number = (task % strips) * slot(p, WIDTH), task // strips
+    top = number * height
+    width = min(slot(p, WIDTH), channels - first)
+    return first, width, number, min(height, slot(p, SAMPLES) - top), top * channels + first
+
+
+def measure(build: int) -> Any:
+    """Return the kernel of the statistics: those of each block, merged by the thread that ends last."""
 
     def kernel(p: Any) -> None:
-        x, y, residual = pointer(p, X), pointer(p, Y), pointer(p, RESIDUAL)
-        rows, channels, height, strips = slot(p, SAMPLES), slot(p, CHANNELS), slot(p, HEIGHT), slot(p, STRIPS)
-        phase, tasks = slot(p, PHASE), strips * slot(p, BLOCKS)
+        if slot(p, BUILD) != build:
+            return
+        x, channels, tasks = pointer(p, X), slot(p, CHANNELS), slot(p, STRIPS) * slot(p, BLOCKS)
         parts = carray(reals(p, PARTS), (slot(p, BLOCKS), 2, channels))
         zero = like(get(x, 0), 0)
         done = 0
@@ -132,32 +135,43 @@ def forward(act: int, adds: int) -> Any:
             task = take(p, NEXT)
             if task >= tasks:
                 break
-            first, top = (task % strips) * slot(p, WIDTH), (task // strips) * height
-            width, here = min(slot(p, WIDTH), channels - first), min(height, rows - top)
-            start = top * channels + first
-            if phase != APPLY:
-                mean = np.empty(width, np.asarray(zero).dtype)
-                total, m2 = np.empty(width), np.empty(width)
-                measure(x, start, here, channels, mean, total, m2)
-                for c in range(width):
-                    if phase == ALL:
-                        keep(p, first + c, rows, mean[c] + total[c], m2[c])
-                    else:
-                        parts[task // strips, 0, first + c] = mean[c] + total[c]
-                        parts[task // strips, 1, first + c] = m2[c]
-            if phase != SUM:
-                mean, scale, shift = affines(p, zero, first, width)
-                for i in range(start, start + here * channels, channels):
-                    for c in range(width):
-                        z = fused(get(x, i + c) - mean[c], scale[c], shift[c])
-                        if adds != 0:
-                            z = z + get(residual, i + c)
-                        put(y, i + c, activate(act, z))
+            first, width, number, rows, start = block(p, task)
+            mean = np.empty(width, np.asarray(zero).dtype)
+            total, m2 = np.empty(width), np.empty(width)
+            measure_strip(x, start, rows, channels, mean, total, m2)
+            for c in range(width):
+                parts[number, 0, first + c] = mean[c] + total[c]
+                parts[number, 1, first + c] = m2[c]
             done += 1
-        if done > 0 and phase != APPLY and add_to_slot(p, DONE, done) == tasks:
-            if phase == SUM:
-                merge(p, parts)
-            move_running(p, rows)
+        if done > 0 and add_to_slot(p, DONE, done) == tasks:
+            merge(p, parts)
+            move_running(p, slot(p, SAMPLES))
+
+    return kernel
+
+
+def apply(build: int, act: int, adds: int) -> Any:
+    """Return the kernel ``y = activation((x - mean) · scale + shift + residual)``."""
+
+    def kernel(p: Any) -> None:
+        if slot(p, BUILD) != build:
+            return
+        x, y, residual = pointer(p, X), pointer(p, Y), pointer(p, RESIDUAL)
+        channels, tasks = slot(p, CHANNELS), slot(p, STRIPS) * slot(p, BLOCKS)
+        zero = like(get(x, 0), 0)
+        while True:
+            # what was read last is in the cache still
+            task = tasks - 1 - take(p, NEXT)
+            if task < 0:
+                break
+            first, width, _, rows, start = block(p, task)
+            mean, scale, shift = affines(p, zero, first, width)
+            for i in range(start, start + rows * channels, channels):
+                for c in range(width):
+                    z = fused(get(x, i + c) - mean[c], scale[c], shift[c])
+                    if adds != 0:
+                        z = z + get(residual, i + c)
+                    put(y, i + c, activate(act, z))
 
     return kernel
 
@@ -189,62 +203,68 @@ def merge_sums(p: Any, zero: Any, parts: Any, channels: int) -> None:
         affine[c], affine[channels + c], affine[2 * channels + c] = found
 
 
-def backward(act: int, adds: int) -> Any:
-    """Return the kernel of the gradients; ``adds`` is 1 where ``residual`` was added, 2 where it holds the output."""
+def sums(build: int, act: int, adds: int) -> Any:
+    """Return the kernel of dγ and dβ: the sums of each block, added by the thread that ends last."""
 
     def kernel(p: Any) -> None:
-        x, dy, dx = pointer(p, X), pointer(p, DY), pointer(p, DX)
-        residual, dresidual, keeps = pointer(p, RESIDUAL), pointer(p, DRESIDUAL), slot(p, DRESIDUAL)
-        rows, channels, height, strips = slot(p, SAMPLES), slot(p, CHANNELS), slot(p, HEIGHT), slot(p, STRIPS)
-        phase, tasks = slot(p, PHASE), strips * slot(p, BLOCKS)
+        if slot(p, BUILD) != build:
+            return
+        x, dy, residual = pointer(p, X), pointer(p, DY), pointer(p, RESIDUAL)
+        channels, tasks = slot(p, CHANNELS), slot(p, STRIPS) * slot(p, BLOCKS)
         parts = carray(reals(p, PARTS), (slot(p, BLOCKS), 2, channels))
-        coefficients = carray(parameters(p, AFFINE), (3, channels))
         zero = like(get(x, 0), 0)
         done = 0
         while True:
             task = take(p, NEXT)
             if task >= tasks:
                 break
-            first, top = (task % strips) * slot(p, WIDTH), (task // strips) * height
-            width, here = min(slot(p, WIDTH), channels - first), min(height, rows - top)
-            start = top * channels + first
+            first, width, number, rows, start = block(p, task)
             affine = affines(p, zero, first, width)
-            mean, scale, shift = affine
-            if phase != APPLY:
-                total, squares = np.zeros(width), np.zeros(width)
-                s, q = np.zeros_like(mean), np.zeros_like(mean)
-                for tile in range(0, here, TILE):
-                    gradient_sums(
-                        act, adds, x, dy, residual, start + tile * channels, min(TILE, here - tile), channels, affine, s, q
-                    )
-                    flush(s, q, total, squares)
-                for c in range(width):
-                    if phase == ALL:
-                        a0, b0, c0 = backward_affine(p, zero, first + c, rows, total[c], squares[c])
-                        coefficients[0, first + c] = a0
-                        coefficients[1, first + c] = b0
-                        coefficients[2, first + c] = c0
-                    else:
-                        parts[task // strips, 0, first + c] = total[c]
-                        parts[task // strips, 1, first + c] = squares[c]
-            if phase != SUM and slot(p, DERIVE) != 0:
-                slopes, offsets = coefficients[1, first:], coefficients[2, first:]
-                gains = coefficients[0, first:]
-                if adds != 0 and keeps != 0:
-                    for i in range(start, start + here * channels, channels):
-                        for c in range(width):
-                            t = get(x, i + c) - mean[c]
-                            d = gradient(act, adds, x, dy, residual, i + c, t, scale[c], shift[c])
-                            put(dresidual, i + c, d)
-                            put(dx, i + c, fused(gains[c], d, fused(slopes[c], t, offsets[c])))
-                else:
-                    for i in range(start, start + here * channels, channels):
-                        for c in range(width):
-                            t = get(x, i + c) - mean[c]
-                            d = gradient(act, adds, x, dy, residual, i + c, t, scale[c], shift[c])
-                            put(dx, i + c, fused(gains[c], d, fused(slopes[c], t, offsets[c])))
+            total, distant = np.zeros(width), np.zeros(width)
+            s, q = np.zeros_like(affine[0]), np.zeros_like(affine[0])
+            for tile in range(0, rows, TILE):
+                here, many = start + tile * channels, min(TILE, rows - tile)
+                gradient_sums(act, adds, x, dy, residual, here, many, channels, affine, s, q)
+                flush(s, q, total, distant)
+            for c in range(width):
+                parts[number, 0, first + c] = total[c]
+                parts[number, 1, first + c] = distant[c]
             done += 1
-        if done > 0 and phase == SUM and add_to_slot(p, DONE, done) == tasks:
+        if done > 0 and add_to_slot(p, DONE, done) == tasks:
             merge_sums(p, zero, parts, channels)
+
+    return kernel
+
+
+def derive(build: int, act: int, adds: int) -> Any:
+    """Return the kernel of dx, and of the residual's gradient where it is asked for."""
+
+    def kernel(p: Any) -> None:
+        if slot(p, BUILD) != build:
+            return
+        x, dy, dx = pointer(p, X), pointer(p, DY), pointer(p, DX)
+        residual, dresidual, keeps = pointer(p, RESIDUAL), pointer(p, DRESIDUAL), slot(p, DRESIDUAL)
+        channels, tasks = slot(p, CHANNELS), slot(p, STRIPS) * slot(p, BLOCKS)
+        coefficients = carray(parameters(p, AFFINE), (3, channels))
+        zero = like(get(x, 0), 0)
+        while True:
+            task = tasks - 1 - take(p, NEXT)
+            if task < 0:
+                break
+            first, width, _, rows, start = block(p, task)
+            mean, scale, shift = affines(p, zero, first, width)
+            gains, slopes, offsets = coefficients[0, first:], coefficients[1, first:], coefficients[2, first:]
+            for i in range(start, start + rows * channels, channels):
+                if adds != 0 and keeps != 0:
+                    for c in range(width):
+                        t = get(x, i + c) - mean[c]
+                        d = gradient(act, adds, x, dy, residual, i + c, t, scale[c], shift[c])
+                        put(dresidual, i + c, d)
+                        put(dx, i + c, fused(gains[c], d, fused(slopes[c], t, offsets[c])))
+                else:
+                    for c in range(width):
+                        t = get(x, i + c) - mean[c]
+                        d = gradient(act, adds, x, dy, residual, i + c, t, scale[c], shift[c])
+                        put(dx, i + c, fused(gains[c], d, fused(slopes[c], t, offsets[c])))
 
     return kernel

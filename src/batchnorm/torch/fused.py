@@ -113,7 +113,7 @@ def _forward(
     )  # fmt: skip
     if step.running is not None:
         given.running_mean, given.running_var = (v.data_ptr() for v in step.running)
-    cpu.run("forward", how, KINDS[x.dtype], step.activation, int(residual is not None), given)
+    cpu.forward(how, KINDS[x.dtype], step.activation, residual is not None, given)
     found.append(Found(mean, m2, rstd, bool(given.finite)))
     return y
 
@@ -141,7 +141,7 @@ def _backward(ctx: Any, dy: Tensor, x: Tensor, weight: Any, bias: Any, beside: T
         fixed=step.fixed is not None, derive=dx is not None, eps=step.eps,
     )  # fmt: skip
     adds = 0 if beside is None else 2 if ctx.gated else 1
-    cpu.run("backward", how, KINDS[x.dtype], step.activation, adds, given)
+    cpu.backward(how, KINDS[x.dtype], step.activation, adds, given)
     if ctx.adds and step.activation is None:
         dresidual = dy
     return dx, _as(dgamma, weight), _as(dbeta, bias), dresidual
