@@ -7,10 +7,26 @@ from numba import carray, njit
 
 from batchnorm.kernels.activations import activate
 from batchnorm.kernels.arguments import (
-    AFFINE, BLOCKS, BUILD, CHANNELS, DONE, DRESIDUAL, DX, DY, HEIGHT, NEXT, PARTS, RESIDUAL, SAMPLES, STRIPS, WIDTH, X, Y,
+    AFFINE,
+    BLOCKS,
+    BUILD,
+    CHANNELS,
+    DONE,
+    DRESIDUAL,
+    DX,
+    DY,
+    HEIGHT,
+    NEXT,
+    PARTS,
+    RESIDUAL,
+    SAMPLES,
+    STRIPS,
+    WIDTH,
+    X,
+    Y,
 )  # fmt: skip
 from batchnorm.kernels.planes import FAR, SUMS, centred, gradient
-from batchnorm.kernels.scalars import add_to_slot, fused, get, like, parameters, pointer, put, reals, slot, take
+from batchnorm.kernels.scalars import add_to_slot, coarse, fused, get, like, parameters, pointer, put, reals, slot, take
 from batchnorm.kernels.statistics import affine_of, backward_affine, keep, move_running
 
 __all__ = ["apply", "derive", "measure", "sums"]
@@ -70,7 +86,7 @@ def measure_strip(x: Any, start: int, rows: int, channels: int, mean: Any, total
     mean[:] = 0
     around(x, start, first, channels, mean, total, m2)
     for c in range(width):
-        mean[c] = total[c] / first
+        mean[c] = coarse(x, like(mean[c], total[c] / first))
     for attempt in range(2):
         around(x, start, rows, channels, mean, total, m2)
         far = False
@@ -83,7 +99,7 @@ def measure_strip(x: Any, start: int, rows: int, channels: int, mean: Any, total
         if attempt == 1 or not far:
             break
         for c in range(width):
-            mean[c] += total[c]
+            mean[c] = coarse(x, like(mean[c], mean[c] + total[c]))
 
 
 @njit

@@ -12,7 +12,7 @@ from numba.extending import intrinsic
 
 __all__ = [
     "add_to_slot",
-    "as_wide",
+    "coarse",
     "floor",
     "fused",
     "get",
@@ -126,14 +126,16 @@ def add_to_slot(context: Any, p: Any, number: Any, value: Any) -> Any:
 
 
 @intrinsic
-def as_wide(context: Any, p: Any, value: Any) -> Any:
-    """Return a number in the type that elements of ``p`` are computed with."""
-    wide = computed(p.dtype)
+def coarse(context: Any, p: Any, value: Any) -> Any:
+    """Return a float32 with the few digits that elements of half precision have: its distance from them is exact."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return context.cast(builder, args[1], signature.args[1], wide)
+        if p.dtype not in (types.uint16, types.int16):
+            return args[1]
+        word = ir.IntType(32)
+        return builder.bitcast(builder.and_(builder.bitcast(args[1], word), word(0xFFFF0000)), ir.FloatType())
 
-    return wide(p, value), build
+    return value(p, value), build
 
 
 @intrinsic
