@@ -142,16 +142,17 @@ class _Waiting(threading.local):
     """The last output of each layer that waits, in this thread: the running statistics must move in the order of the calls."""
 
     def __init__(self) -> None:
-        self.outputs: weakref.WeakKeyDictionary[Any, weakref.ref[Deferred]] = weakref.WeakKeyDictionary()
+        # by the layer's id: weak keys cost more than all else that is looked up for a call
+        self.outputs: dict[int, weakref.ref[Deferred]] = {}
 
 
 _WAITING = _Waiting()
 
 
 def _flush(layer: Any) -> None:
-    reference = _WAITING.outputs.pop(layer, None)
+    reference = _WAITING.outputs.pop(id(layer), None)
     output = None if reference is None else reference()
-    if output is not None and not output.call.moved:
+    if output is not None and output.call.layer is layer and not output.call.moved:
         output.made()
 
 
@@ -189,6 +190,9 @@ class _Call:
             FusionError: something that the layer reads was written to since.
         """
         again, self.moved = self.moved, True
+        if self.moves and not again and torch._C._current_graph_task_id() != -1:
+            # statistics do not move inside of a backward
+            self.refuse()
         if self._versions() != self.versions:
             raise FusionError(
                 f"{describe(self.layer)}: its input, γ, β or statistics were written to between its call and the use of its "
@@ -241,6 +245,8 @@ class Deferred(Tensor):
     residual: Tensor | None
     # once it was made, or written to
     value: Tensor | None
+    # what followed was computed without this, which is no part of its graph
+    passed: bool = False
 
     @staticmethod
     def __new__(cls: type["Deferred"], call: _Call, residual: Tensor | None) -> "Deferred":
@@ -259,7 +265,7 @@ class Deferred(Tensor):
         self.call, self.residual, self.value = call, residual, None
         self.version = 0 if residual is None else residual._version
         if call.moves:
-            _WAITING.outputs[call.layer] = weakref.ref(self)
+            _WAITING.outputs[id(call.layer)] = weakref.ref(self)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -275,7 +281,7 @@ class Deferred(Tensor):
                 return func(*args, **kwargs)
         elif func in _OF_GRAPH:
             for leaf in tree_flatten((args, kwargs))[0]:
-                if isinstance(leaf, Deferred) and leaf.is_behind:
+                if isinstance(leaf, Deferred) and leaf.value is None and leaf.passed:
                     leaf.call.refuse()
         args, kwargs = tree_map(lambda leaf: leaf.made() if isinstance(leaf, Deferred) else leaf, (args, kwargs))
         return func(*args, **kwargs)
@@ -284,11 +290,6 @@ class Deferred(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Refuse: there are no values, and who comes here has passed every torch function."""
         next(leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Deferred)).call.refuse()
-
-    @property
-    def is_behind(self) -> bool:
-        """Whether what followed was computed without this, which is no part of its graph."""
-        return self.value is None and self.call.moved
 
     def made(self) -> Tensor:
         """Return the plain output."""
@@ -302,11 +303,9 @@ class Deferred(Tensor):
         if not plain or not self._may() or self.residual is not None or not fits(self.call.x, other):
             return None
         if not _goes_on(self.call.layer._followers):
-            y = self.call.compute(other, None)
-            self.value = y if in_place else None
-            return y
+            return self._passed(self.call.compute(other, None), in_place=in_place)
         if not in_place:
-            return Deferred(self.call, other)
+            return self._passed(Deferred(self.call, other), in_place=False)
         with torch._C.DisableTorchFunctionSubclass():
             if other.requires_grad and self.call.modes[0] and not self.requires_grad:
                 return None
@@ -315,11 +314,10 @@ class Deferred(Tensor):
 
     def activated(self, name: str, *, in_place: bool) -> Tensor | None:
         """Return the activation of the output; ``None`` where it must be computed from the plain one."""
-        if not self._may():
-            return None
-        y = self._compute(name)
-        if in_place:
-            self.value = y
+        return self._passed(self._compute(name), in_place=in_place) if self._may() else None
+
+    def _passed(self, y: Tensor, *, in_place: bool) -> Tensor:
+        self.value, self.passed = (y, False) if in_place else (None, True)
         return y
 
     def _may(self) -> bool:
@@ -327,6 +325,11 @@ class Deferred(Tensor):
         return self.value is None and _modes() == self.call.modes
 
     def _compute(self, activation: str | None) -> Tensor:
+        if not self.call.modes[0]:
+            with torch._C.DisableTorchFunctionSubclass():
+                if self.grad_fn is not None:
+                    # a function with a backward of its own has returned it
+                    self.call.refuse()
         if self.residual is not None and self.residual._version != self.version:
             raise FusionError(
                 f"{describe(self.call.layer)}: what was added to its output was written to before that was used: {_CURE}"

@@ -123,7 +123,9 @@ def _watch(twin: nn.Module, example: Any, *, keep_hooks: bool, fake: bool) -> di
             example = stack.enter_context(_without_values(example))
         # the outputs of the model are held until all chains are read
         _outputs = call(twin, example)
-    gc.collect()
+    if any(uses.is_held() for calls in seen.values() for uses in calls):
+        # what waits for the collector is held by nobody
+        gc.collect()
     chains = {name: [uses.chain() for uses in calls] for name, calls in seen.items()}
     return {name: tuple(dict.fromkeys(found)) for name, found in chains.items() if found and all(found)}
 
@@ -187,12 +189,12 @@ def _show_hooks(model: nn.Module, *, strip: bool) -> None:
 
 @contextlib.contextmanager
 def _noting_functions() -> Iterator[None]:
-    """Let functions with a backward of their own count as uses: gradients come back to what they are given."""
+    """Let functions with a backward of their own count as uses of what they get and return: gradients go through them."""
     original: Any = vars(torch.autograd.Function)["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = _values((args, kwargs), noting=True)
-        return original.__func__(cls, *args, **kwargs)
+        return _values(original.__func__(cls, *args, **kwargs), noting=True)
 
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
     try:
@@ -219,6 +221,10 @@ class _Uses:
         after, place = (self, 1) if in_place else (self.sum or self, 0)
         following = after.steps[place].name if len(after.steps) > place else ""
         return ("add", following) if following not in ("", "add") and after._ends_with(place) else ("add",)
+
+    def is_held(self) -> bool:
+        """Whether somebody holds the output, or its sum with something else, after the run."""
+        return self.holder() is not None or (self.sum is not None and self.sum.is_held())
 
     def _ends_with(self, place: int) -> bool:
         """Whether what comes after a step can't tell that there was something before it."""
@@ -267,7 +273,8 @@ class _Watched(Tensor):
 
     def takes(self, step: Step, others: list[Any]) -> bool:
         """Whether a step can be computed together with the layer."""
-        if any(tensor._version != version for tensor, version in self.read) or (others and self.is_sum):
+        used = any(not step.name for step in self.uses.steps) or (others and self.is_sum)
+        if used or any(tensor._version != version for tensor, version in self.read):
             return False
         return all(type(other) in _PLAIN and fits(self.value, other) for other in others)
 
@@ -276,6 +283,8 @@ def _host(step: Step, args: tuple[Any, ...]) -> _Watched | None:
     """Return the output that a step can be computed with."""
     orders = [args] if step.name != "add" or step.in_place else [args, args[::-1]]
     for host, *others in orders:
+        if any(other is host for other in others):
+            return None
         if isinstance(host, _Watched) and host.takes(step, _values(others, noting=False)):
             return host
     return None
