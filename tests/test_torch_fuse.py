@@ -234,6 +234,12 @@ def hooked_later(model, y, r):
     return out
 
 
+def written_later(model, y, r):
+    out = F.silu(y + r)
+    r.mul_(2)
+    return out
+
+
 def read_and_written(model, y, r):
     out = y + r
     r.mul_(2)
@@ -281,13 +287,13 @@ def test_a_sum_that_is_seen_is_fused_without_what_follows_it(computed):
         "used twice": lambda m, y, r: F.relu(y + r) + (y + r),
         "the sum, used twice": lambda m, y, r: (lambda z: F.relu(z) + z)(y + r),
         "the residual is written to": read_and_written,
+        "the residual is written to later": written_later,
     }
     for name, program in programs.items():
         given = inputs()
         plain, fused = both(lambda program=program: Site(program), given)
         assert marks(fused) == {"norm": () if name == "used twice" else (("add",),)}
-        if name != "the residual is written to":
-            assert_same(step(fused, given), step(plain, given))
+        assert_same(step(fused, given), step(plain, given))
 
 
 def test_of_two_layers_that_are_added_the_left_one_is_fused(computed):
@@ -399,8 +405,11 @@ def test_networks_compute_the_same(name, computed):
     for chain, count in found.items():
         asked["add" in chain, chain[-1] if chain and chain[-1] != "add" else None] += count
     assert computed == asked
-    # through dozens of layers
-    assert_same(got, expected, ulps=2.0**20)
+    # through dozens of layers; a bias before a normalization has a gradient of 0 and some rounding
+    for part in (slice(0, 1), slice(1, -len(list(model.buffers()))), slice(-len(list(model.buffers())), None)):
+        assert_same(
+            *([torch.cat([v.double().flatten() for v in found[part]])] for found in (got, expected)), ulps=2.0**16
+        )
     assert list(fused.state_dict()) == list(model.state_dict())
 
 
@@ -767,7 +776,9 @@ def test_compiled_code_is_refused():
 @pytest.mark.parametrize("late", [DECLINED["a hook, later"], lambda m, y, r: (F.relu(y), y.retain_grad())[0]])
 def test_a_place_in_the_graph_that_is_gone_is_refused(late):
     _, fused = switched(late)
-    with pytest.raises(FusionError, match="is fused with what follows it"):
+    with pytest.raises(
+        FusionError, match=r"layer 'norm', BatchNorm2d\(3\): .* gradient of the output itself is not known"
+    ):
         fused(*inputs())
 
 
@@ -909,6 +920,15 @@ def test_a_mask_is_computed_at_once():
         assert type(layer(x, **given)) is torch.Tensor
     bn.sync(layer)
     assert type(layer.eval()(x)) is torch.Tensor
+
+
+def test_a_waiting_output_is_added_by_another_layer():
+    plain, fused = both(lambda: Site(ACTIVATIONS["relu"][0]), inputs())
+    last = bn.BatchNorm2d(3, activation="relu")
+    x, r = inputs()
+    assert isinstance(fused.norm(x), Deferred)
+    assert_same([last(r, residual=fused.norm(x)).detach()], [last(r, residual=plain.norm(x)).detach()])
+    assert_same([last(fused.norm(x)).detach()], [last(plain.norm(x)).detach()])
 
 
 def test_two_threads_call_one_layer():

@@ -80,6 +80,10 @@ class FusionError(BatchNormError, RuntimeError):
     """The output of a layer that is fused with what follows it was used in a way that fusing can't be right for."""
 
 
+class KernelError(BatchNormError, RuntimeError):
+    """An implementation was asked for that can't do what is needed, on this machine or with this input."""
+
+
 class VerificationError(BatchNormError, RuntimeError):
     """A result did not agree with what it was derived from, and was not written."""
 

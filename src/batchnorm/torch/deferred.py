@@ -111,7 +111,9 @@ def suits(layer: Any) -> bool:
     """Whether a layer does nothing but normalize, alone in its process."""
     hooked = layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks
     hooked = hooked or _has_any_global_hook()  # type: ignore[no-untyped-call]
-    return not hooked and (layer._plain or (not layer.is_collecting and _BESIDE.issuperset(layer.options.changed())))
+    if hooked or layer.options.activation is not None:
+        return False
+    return layer._plain or (not layer.is_collecting and _BESIDE.issuperset(layer.options.changed()))
 
 
 def defer(layer: Any, x: Tensor) -> Tensor | None:
@@ -276,13 +278,16 @@ class Deferred(Tensor):
             y = _fused(step, args)
             if y is not None:
                 return y
-        elif func in ASKED and args[0].value is None:
+        elif func in ASKED and args and isinstance(args[0], Deferred) and args[0].value is None:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         elif func in _OF_GRAPH:
             for leaf in tree_flatten((args, kwargs))[0]:
                 if isinstance(leaf, Deferred) and leaf.value is None and leaf.passed:
-                    leaf.call.refuse()
+                    raise FusionError(
+                        f"{describe(leaf.call.layer)}: what follows its output was computed without that, so the gradient of "
+                        f"the output itself is not known: {_CURE}"
+                    )
         args, kwargs = tree_map(lambda leaf: leaf.made() if isinstance(leaf, Deferred) else leaf, (args, kwargs))
         return func(*args, **kwargs)
 

@@ -209,6 +209,7 @@ class _Uses:
     def __init__(self) -> None:
         self.steps: list[Step] = []
         self.sum: _Uses | None = None
+        self.added: tuple[Tensor, int] | None = None
         self.holder: Callable[[], Any] = lambda: None
 
     def chain(self) -> Chain:
@@ -220,6 +221,9 @@ class _Uses:
             return (name,)
         after, place = (self, 1) if in_place else (self.sum or self, 0)
         following = after.steps[place].name if len(after.steps) > place else ""
+        if self.added is not None and self.added[0]._version != self.added[1]:
+            # a backward through an activation may need what was added
+            return ("add",)
         return ("add", following) if following not in ("", "add") and after._ends_with(place) else ("add",)
 
     def is_held(self) -> bool:
@@ -258,7 +262,9 @@ class _Watched(Tensor):
         host.uses.steps.append(step)
         if step.name != "add":
             return y
-        read = [*(tensor for tensor, _ in host.read), *(v for v in args if v is not host.value)]
+        (other,) = (v for v in args if v is not host.value)
+        host.uses.added = (other, other._version)
+        read = [*(tensor for tensor, _ in host.read), other]
         if step.in_place:
             host.__init__(y, host.uses, read, is_sum=True)  # type: ignore[misc]
             return host

@@ -1,0 +1,53 @@
+"""The block of arguments that a kernel gets: 8-byte words, whole numbers, addresses and float64 alike."""
+
+import ctypes
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+__all__ = ["Arguments", "build_number"]
+
+
+@lru_cache(maxsize=1)
+def build_number() -> int:
+    """Return a number of the kernels' sources: a kernel that others have compiled is neither found nor run.
+
+    Numba looks at the file that a kernel stands in, and not at those that it uses.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return int.from_bytes(digest.digest()[:7])
+
+
+_WORDS = (
+    # which sources the block was laid out by
+    "build",
+    # counted up by the threads: the next task, and what is done
+    "next", "done",
+    # addresses of elements: input, output, gradients of both, residual and its gradient
+    "x", "y", "dy", "dx", "residual", "dresidual",
+    # sizes: samples and places of a plane, or rows; channels; places
+    "samples", "channels", "places",
+    # tasks over rows: channels of a strip, rows of a block, numbers of both
+    "width", "height", "strips", "blocks",
+    # addresses of float64: γ, β (0: none), and what is found
+    "gamma", "beta", "mean", "m2", "rstd", "dgamma", "dbeta", "parts", "affine",
+    # addresses of the running statistics (0: none), which are float32, or float64 where x is
+    "running_mean", "running_var",
+    # switches: statistics are given; x needs a gradient; and the answer: all is finite
+    "fixed", "derive", "finite",
+)  # fmt: skip
+
+
+class Arguments(ctypes.Structure):
+    """The block, filled in by name."""
+
+    _fields_ = [*((name, ctypes.c_int64) for name in _WORDS), ("eps", ctypes.c_double), ("momentum", ctypes.c_double)]
+
+
+BUILD, NEXT, DONE, X, Y, DY, DX, RESIDUAL, DRESIDUAL, SAMPLES, CHANNELS, PLACES, WIDTH, HEIGHT, STRIPS, BLOCKS = range(
+    16
+)
+GAMMA, BETA, MEAN, M2, RSTD, DGAMMA, DBETA, PARTS, AFFINE, RUNNING_MEAN, RUNNING_VAR = range(16, 27)
+FIXED, DERIVE, FINITE, EPS, MOMENTUM = range(27, 32)

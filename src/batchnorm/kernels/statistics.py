@@ -1,0 +1,86 @@
+"""What a kernel does for each channel, between its passes: from Moments to an Affine, gradients, running statistics."""
+
+import math
+from typing import Any
+
+from numba import njit
+
+from batchnorm.kernels.arguments import (
+    BETA,
+    CHANNELS,
+    DBETA,
+    DGAMMA,
+    EPS,
+    FINITE,
+    FIXED,
+    GAMMA,
+    M2,
+    MEAN,
+    MOMENTUM,
+    RSTD,
+    RUNNING_MEAN,
+    RUNNING_VAR,
+)  # fmt: skip
+from batchnorm.kernels.scalars import like, parameters, real, reals, set_slot, slot
+
+__all__ = ["affine_of", "backward_affine", "keep", "move_running"]
+
+
+@njit
+def keep(p: Any, channel: int, count: int, mean: float, m2: float) -> None:
+    """Write what was measured of a channel."""
+    reals(p, MEAN)[channel] = mean
+    reals(p, M2)[channel] = m2
+    reals(p, RSTD)[channel] = 1 / math.sqrt(m2 / count + real(p, EPS))
+
+
+@njit
+def gain(p: Any, channel: int) -> float:
+    """Return γ, in float64."""
+    return 1.0 if slot(p, GAMMA) == 0 else float(parameters(p, GAMMA)[channel])
+
+
+@njit
+def affine_of(p: Any, zero: Any, channel: int) -> Any:
+    """Return mean, scale and shift of ``(x - mean) · scale + shift``, in the type of ``zero``; the shift makes the mean exact."""
+    exact = reals(p, MEAN)[channel]
+    mean = like(zero, exact)
+    scale = gain(p, channel) * reals(p, RSTD)[channel]
+    offset = 0.0 if slot(p, BETA) == 0 else float(parameters(p, BETA)[channel])
+    return mean, like(zero, scale), like(zero, offset - (exact - mean) * scale)
+
+
+@njit
+def backward_affine(p: Any, zero: Any, channel: int, count: int, plain: float, distant: float) -> Any:
+    """Return a, b, c of ``dx = a·d + b·(x - mean) + c`` from the sums of d and of d·(x - mean), and write dγ and dβ."""
+    exact, rstd = reals(p, MEAN)[channel], reals(p, RSTD)[channel]
+    rest = exact - like(zero, exact)
+    distant -= rest * plain
+    if slot(p, DGAMMA) != 0:
+        parameters(p, DGAMMA)[channel] = like(zero, distant * rstd)
+        parameters(p, DBETA)[channel] = like(zero, plain)
+    a = gain(p, channel) * rstd
+    if slot(p, FIXED) != 0:
+        return like(zero, a), like(zero, 0), like(zero, 0)
+    b = -a * rstd * rstd * distant / count
+    return like(zero, a), like(zero, b), like(zero, -a * plain / count - b * rest)
+
+
+@njit
+def move_running(p: Any, count: int) -> None:
+    """Move the running statistics by a step, if everything is finite and stays so; otherwise move nothing, and say so."""
+    mean, m2, momentum = reals(p, MEAN), reals(p, M2), real(p, MOMENTUM)
+    channels, unbiased = slot(p, CHANNELS), 1 / max(1, count - 1)
+    finite = 0.0
+    for c in range(channels):
+        finite += 0.0 * (mean[c] + m2[c] + gain(p, c))
+    if slot(p, RUNNING_MEAN) != 0:
+        old_mean, old_var = parameters(p, RUNNING_MEAN), parameters(p, RUNNING_VAR)
+        for c in range(channels):
+            finite += 0.0 * (old_mean[c] + old_var[c])
+            finite += 0.0 * like(old_var[c], m2[c] * unbiased)
+        if finite == 0.0:
+            for c in range(channels):
+                old_mean[c] += like(old_mean[c], momentum * (mean[c] - old_mean[c]))
+                old_var[c] += like(old_var[c], momentum * (m2[c] * unbiased - old_var[c]))
+    set_slot(p, FINITE, 1 if finite == 0.0 else 0)
