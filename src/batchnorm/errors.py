@@ -6,6 +6,7 @@ __all__ = [
     "ChannelError",
     "DataError",
     "DistributedError",
+    "FusionError",
     "MissingDependencyError",
     "NonFiniteError",
     "NotInvertibleError",
@@ -74,6 +75,10 @@ class TransformError(BatchNormError, RuntimeError):
 
 class WorkerError(BatchNormError, RuntimeError):
     """A worker process died before its run was finished."""
+
+
+class FusionError(BatchNormError, RuntimeError):
+    """The output of a layer that is fused with what follows it was used in a way that fusing can't be right for."""
 
 
 class KernelError(BatchNormError, RuntimeError):
