@@ -37,7 +37,7 @@ def recompute(model: M | None = None, *, enabled: bool = True) -> Any:
     The gradients are the same, bit for bit. Without a model it is a context around the forward; with one, every forward of
     that model runs in the context, until ``recompute(model, enabled=False)``. It is for layers of ours on our kernels (see
     `explain`) whose activation is their own, given by ``activation`` or by `convert` with ``fuse``; everything else is saved as
-    ever, and so is an output with a residual.
+    ever, and so is an output with a residual. The indices of a pooling are saved in 32 bits instead of 64.
 
     Args:
         model: a module, changed in place.
@@ -134,10 +134,14 @@ def _release(model: nn.Module) -> None:
 
 
 class _Kept(NamedTuple):
-    """A tensor with the version that it must have still, or what other hooks have made of it."""
+    """A tensor as it is saved."""
 
+    # it, or what hooks that stood there before have made of it
     value: Any
-    version: int | None
+    # what counts its changes, and how far it had come; nothing where others keep it
+    counter: Tensor | None = None
+    version: int = 0
+    narrowed: bool = False
 
 
 class _Output:
@@ -145,9 +149,7 @@ class _Output:
 
     def __init__(self, y: Tensor, make: Callable[..., Tensor]) -> None:
         self.make, self.shape, self.stride = make, y.shape, y.stride()
-        # an empty tensor that counts the changes of the output
-        self.counter, self.version = y.detach(), y._version
-        self.counter.data = y.new_empty(0)
+        self.counter, self.version = _counter_of(y), y._version
         self.built: weakref.ref[UntypedStorage] | None = None
 
     def is_same(self, t: Tensor) -> bool:
@@ -196,7 +198,7 @@ class Memory:
         """
         if any(v is not None and self._find(v) is not None for v in inputs):
             return
-        kept = tuple([None if v is None else _Kept(v.detach(), v._version) for v in inputs])
+        kept = tuple([None if v is None else _plain(v) for v in inputs])
         self.outputs[y.untyped_storage()] = _Output(y, make), kept
 
     def pack(self, t: Tensor) -> _Recipe | _Kept:
@@ -229,22 +231,44 @@ class Memory:
         return found if intact else None
 
     def _keep(self, t: Tensor) -> _Kept:
-        return _Kept(t.detach(), t._version) if self.outer is None else _Kept(self.outer[0](t), None)
+        narrowed = _is_index(t)
+        if self.outer is not None:
+            return _Kept(self.outer[0](t.int() if narrowed else t), narrowed=narrowed)
+        return _Kept(t.int(), _counter_of(t), t._version, narrowed=True) if narrowed else _plain(t)
 
     def _give(self, kept: _Kept) -> Tensor:
-        if self.outer is not None:
-            return self.outer[1](kept.value)
-        value: Tensor = kept.value
-        _check(value, kept.version, value.shape)
-        return value
+        value: Tensor = kept.value if self.outer is None else self.outer[1](kept.value)
+        if kept.counter is not None:
+            _check(kept.counter, kept.version, value.shape)
+        return value.long() if kept.narrowed else value
 
 
-def _check(t: Tensor, version: int | None, shape: tuple[int, ...]) -> None:
+def _plain(t: Tensor) -> _Kept:
+    t = t.detach()
+    return _Kept(t, t, t._version)
+
+
+def _counter_of(t: Tensor) -> Tensor:
+    """Return an empty tensor that counts the changes of another."""
+    counter = t.detach()
+    counter.data = t.new_empty(0)
+    return counter
+
+
+def _is_index(t: Tensor) -> bool:
+    """Whether a tensor holds what a pooling saves beside its input, places in planes, in twice the bits that they need."""
+    if t.dtype is not torch.int64 or t.ndim < 4 or type(t) is not Tensor or t.numel() == 0 or not t.is_cpu:
+        return False
+    low, high = t.aminmax()
+    return int(low) >= 0 and int(high) < 1 << 31
+
+
+def _check(counter: Tensor, version: int, shape: torch.Size) -> None:
     """Do what torch does where no hooks stand between."""
-    if t._version != version:
+    if counter._version != version:
         # torch's own words first: programs look for them
         raise RecomputeError(
             "one of the variables needed for gradient computation has been modified by an inplace operation: "
-            f"[{t.type()} {list(shape)}] is at version {t._version}; expected version {version} instead: "
+            f"[{counter.type()} {list(shape)}] is at version {counter._version}; expected version {version} instead: "
             "change a copy of it, or change it after the backward"
         )
