@@ -27,8 +27,10 @@ KINDS = {"float32": types.float32, "float64": types.float64, "bfloat16": types.u
 """The dtypes, and the type that Numba sees."""
 # bytes of a block of rows
 BLOCK = 1 << 18
-# channels of a strip, at most
+# columns of a strip, at most
 WIDEST = 4096
+# places up to which planes are treated as rows
+SMALL_PLANE = 36
 # values that are worth a thread
 GRAIN = 1 << 15
 
@@ -55,13 +57,13 @@ class Plan(NamedTuple):
 def plan(layout: str, samples: int, channels: int, places: int, itemsize: int, most: int) -> Plan:
     """Divide a batch: ``"planes"`` of ``(N, C, places)``, or ``samples`` ``"rows"`` of ``C`` channels."""
     threads = max(1, min(most, samples * channels * places // GRAIN))
-    if layout == "planes":
+    if layout == "planes" and places > SMALL_PLANE:
         return Plan(layout, samples, channels, places, 0, 0, 0, 0, min(threads, channels))
-    width = min(channels, WIDEST)
+    width = min(channels, max(1, WIDEST // places))
     strips = -(-channels // width)
-    height = min(samples, max(16, BLOCK // (width * itemsize)))
+    height = min(samples, max(16, BLOCK // (width * places * itemsize)))
     blocks = -(-samples // height)
-    return Plan(layout, samples, channels, 1, width, height, strips, blocks, min(threads, strips * blocks))
+    return Plan("rows", samples, channels, places, width, height, strips, blocks, min(threads, strips * blocks))
 
 
 Key = tuple[str, str, str, str | None, int]
@@ -95,12 +97,12 @@ def _frozen(key: Key) -> tuple[int, ...]:
 def _loaded(body: Any, element: Any) -> Any:
     signature, started = types.void(types.CPointer(element)), time.perf_counter()
     try:
-        kernel = cfunc(signature, cache=True)(body)
+        kernel = cfunc(signature, cache=True, error_model="numpy")(body)
     except RuntimeError as error:
         if "cache" not in str(error):
             raise
         _notes.append(f"kernels are compiled again in every process: {error}")
-        kernel = cfunc(signature)(body)
+        kernel = cfunc(signature, error_model="numpy")(body)
     if kernel.cache_hits == 0:
         _log.info("compiled a kernel in %.1f s, which later processes load", time.perf_counter() - started)
     return kernel
