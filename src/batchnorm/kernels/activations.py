@@ -26,8 +26,8 @@ CODES: dict[str | None, int] = {
 }
 LEAK = 0.01
 ROOT_HALF, DENSITY_AT_0 = math.sqrt(0.5), 1 / math.sqrt(2 * math.pi)
-# beyond, float32 ends
-EXP_MIN, EXP_MAX = -87.0, 88.0
+# below, float32 ends; above is infinity
+EXP_MIN, EXP_MAX = -87.0, 89.0
 # n · LN2_HIGH is exact for every n that occurs
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
 
