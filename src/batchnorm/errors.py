@@ -75,6 +75,10 @@ class WorkerError(BatchNormError, RuntimeError):
     """A worker process died before its run was finished."""
 
 
+class KernelError(BatchNormError, RuntimeError):
+    """An implementation was asked for that can't do what is needed, on this machine or with this input."""
+
+
 class VerificationError(BatchNormError, RuntimeError):
     """A result did not agree with what it was derived from, and was not written."""
 

@@ -46,6 +46,8 @@ class Arguments(ctypes.Structure):
     _fields_ = [*((name, ctypes.c_int64) for name in _WORDS), ("eps", ctypes.c_double), ("momentum", ctypes.c_double)]  # noqa: RUF012
 
 
-BUILD, NEXT, DONE, X, Y, DY, DX, RESIDUAL, DRESIDUAL, SAMPLES, CHANNELS, PLACES, WIDTH, HEIGHT, STRIPS, BLOCKS = range(16)
+BUILD, NEXT, DONE, X, Y, DY, DX, RESIDUAL, DRESIDUAL, SAMPLES, CHANNELS, PLACES, WIDTH, HEIGHT, STRIPS, BLOCKS = range(
+    16
+)
 GAMMA, BETA, MEAN, M2, RSTD, DGAMMA, DBETA, PARTS, AFFINE, RUNNING_MEAN, RUNNING_VAR = range(16, 27)
 FIXED, DERIVE, FINITE, EPS, MOMENTUM = range(27, 32)

@@ -178,7 +178,17 @@ def apply(build: int, act: int, adds: int) -> Any:
 
 @njit(forceinline=True, fastmath=SUMS)
 def gradient_sums(
-    act: int, adds: int, x: Any, dy: Any, residual: Any, start: int, rows: int, channels: int, affine: Any, s: Any, q: Any
+    act: int,
+    adds: int,
+    x: Any,
+    dy: Any,
+    residual: Any,
+    start: int,
+    rows: int,
+    channels: int,
+    affine: Any,
+    s: Any,
+    q: Any,
 ) -> None:
     """Add the sums of d and of d · (x - mean) of some rows to s and q."""
     mean, scale, shift = affine

@@ -10,7 +10,23 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["add_to_slot", "as_wide", "floor", "fused", "get", "like", "parameters", "pointer", "power_of_two", "put", "real", "reals", "set_slot", "slot", "take"]
+__all__ = [
+    "add_to_slot",
+    "as_wide",
+    "floor",
+    "fused",
+    "get",
+    "like",
+    "parameters",
+    "pointer",
+    "power_of_two",
+    "put",
+    "real",
+    "reals",
+    "set_slot",
+    "slot",
+    "take",
+]
 
 _WORDS = types.CPointer(types.int64)
 _REALS = types.CPointer(types.float64)

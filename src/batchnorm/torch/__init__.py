@@ -1,8 +1,10 @@
 """Batch normalization for PyTorch."""
 
 from batchnorm.torch.accumulation import accumulate as accumulate
+from batchnorm.torch.choice import force as force
 from batchnorm.torch.domains import add_domains as add_domains
 from batchnorm.torch.domains import domain as domain
+from batchnorm.torch.explaining import explain as explain
 from batchnorm.torch.freezing import freeze as freeze
 from batchnorm.torch.freezing import unfreeze as unfreeze
 from batchnorm.torch.layers import BatchNorm1d as BatchNorm1d

@@ -10,13 +10,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from batchnorm.functional import batch_norm_train
+from batchnorm.functional import (
+    batch_norm_backward,
+    batch_norm_inference,
+    batch_norm_inference_backward,
+    batch_norm_train,
+)
+from batchnorm.torch.choice import is_eager
 from batchnorm.torch.options import ACTIVATIONS
 from batchnorm.torch.rows import full, in_rows, memory_format
 
 __all__ = ["KINDS", "Step", "evaluate", "kernels", "normalize"]
 
 KINDS = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+# values below which an evaluation is left to ATen
+FEW = 1 << 12
 # from this size on, memory comes from the system anew each time, in small pages unless larger ones are asked for
 HUGE = 1 << 25
 PAGE = 1 << 21
@@ -79,7 +87,9 @@ class _Fused(torch.autograd.Function):
         y = _forward(x, weight, bias, residual, step, found)
         # the output tells the slope, and the next layer keeps it anyway
         gated = residual is not None and step.activation in kernels().GATED
-        ctx.save_for_backward(x, weight, bias, y if gated and step.activation is not None else None if gated else residual)
+        ctx.save_for_backward(
+            x, weight, bias, y if gated and step.activation is not None else None if gated else residual
+        )
         ctx.step, ctx.found, ctx.gated = step, found[0], gated
         ctx.adds = residual is not None
         return y
@@ -120,7 +130,7 @@ def _forward(
 
 def _backward(ctx: Any, dy: Tensor, x: Tensor, weight: Any, bias: Any, beside: Tensor | None) -> tuple[Any, ...]:
     step, found = ctx.step, ctx.found
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or not is_eager(dy):
         return _derive_again(ctx, dy, x, weight, bias, beside)
     cpu, how = kernels(), plan_of(x)
     dy = dy.contiguous(memory_format=memory_format(x)) if in_rows(x) else dy.contiguous()
@@ -148,7 +158,39 @@ def _backward(ctx: Any, dy: Tensor, x: Tensor, weight: Any, bias: Any, beside: T
 
 
 def _derive_again(ctx: Any, dy: Tensor, x: Tensor, weight: Any, bias: Any, beside: Tensor | None) -> tuple[Any, ...]:
-    raise NotImplementedError
+    """Return the same gradients by the definition, which can be differentiated again."""
+    step, fixed = ctx.step, None
+    if step.fixed is not None:
+        mean, rstd = step.fixed
+        fixed = mean, rstd**-2 - step.eps
+    with torch.enable_grad():
+        d = _before_activation(ctx, dy, x, weight, bias, beside, fixed)
+        if fixed is None:
+            g = batch_norm_backward(d, x, weight, eps=step.eps)
+        else:
+            g = batch_norm_inference_backward(d, x, *fixed, weight, eps=step.eps)
+    return g.dx, _as(g.dgamma, weight), _as(g.dbeta, bias), d if ctx.adds else None
+
+
+def _before_activation(
+    ctx: Any, dy: Tensor, x: Tensor, weight: Any, bias: Any, beside: Tensor | None, fixed: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    step = ctx.step
+    if step.activation is None:
+        return dy
+    if ctx.gated:
+        # straight pieces: the slope at the output is that at the input, and has no slope itself
+        y = beside.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(ACTIVATIONS[step.activation](y), y, torch.ones_like(y))
+        return dy * slope
+    if fixed is None:
+        z = batch_norm_train(x, weight, bias, eps=step.eps).y
+    else:
+        z = batch_norm_inference(x, *fixed, weight, bias, eps=step.eps)
+    z = z if beside is None else z + beside
+    z = z if z.requires_grad else z.requires_grad_()
+    (d,) = torch.autograd.grad(ACTIVATIONS[step.activation](z), z, dy, create_graph=True)
+    return d
 
 
 def _as(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:

@@ -11,7 +11,7 @@ from batchnorm.moments import Moments
 from batchnorm.torch import ops
 from batchnorm.torch.across import normalize_across, share
 from batchnorm.torch.naming import describe
-from batchnorm.torch.options import ACTIVATIONS, Options
+from batchnorm.torch.options import Options
 from batchnorm.torch.tracking import Tracking
 from batchnorm.torch.weights import Weights
 
@@ -55,7 +55,12 @@ class BatchNorm(Tracking):
 
     def settle(self) -> None:
         """Choose the short way where nothing is switched on."""
-        special = self.options.changed() or self.frozen_statistics or self.domain or self.is_collecting
+        special = (
+            self.options.changed().keys() - {"activation"}
+            or self.frozen_statistics
+            or self.domain
+            or self.is_collecting
+        )
         self._plain = not special and (self.momentum is None or isinstance(self.momentum, int | float))
 
     def extra_repr(self) -> str:
@@ -108,8 +113,8 @@ class BatchNorm(Tracking):
         """Return ``activation(normalize(x) + residual)`` with an activation that need not be the layer's own."""
         if x.ndim not in self._ranks:
             self._check_input_dim(x)
-        if self._plain and residual is None and activation is None:
-            y = self._forward_plain(x)
+        if self._plain:
+            y = self._forward_plain(x, residual, activation)
             if y is not None:
                 return y
         return self._normalize_with(x, residual, activation)
@@ -140,9 +145,10 @@ class BatchNorm(Tracking):
         given = {name: v for name, v in arguments.items() if v is not None}
         return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), given)
 
-    def _forward_plain(self, x: Tensor) -> Tensor | None:
-        """Do it in one call of ATen's; ``None`` where that is not exact, not possible or not right."""
-        if not ops.is_eager(x):
+    def _forward_plain(self, x: Tensor, *follow: Any) -> Tensor | None:
+        """Do it in one go; ``None`` where that is not exact, not possible or not right."""
+        residual: Tensor | None = follow[0]
+        if not ops.is_eager(x) or (residual is not None and residual.shape != x.shape):
             return None
         channels, values = x.shape[1], x.numel()
         # a dict is quicker to ask than a module
@@ -154,7 +160,7 @@ class BatchNorm(Tracking):
         if mean is None or var is None or batches is None:
             return None
         if not self.training:
-            return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, self.eps, False)
+            return ops.evaluate(x, weight, bias, mean, var, self.eps, *follow)
         if values == channels or mean.element_size() < 4 or not self.track_running_stats:
             return None
         momentum = 1 / (batches.item() + 1) if self.momentum is None else self.momentum
@@ -162,8 +168,8 @@ class BatchNorm(Tracking):
             return None
         if torch._C._current_graph_task_id() != -1:
             # run again by activation checkpointing: the same kernel as the first time, on copies: what it saves must match
-            return ops.normalize_in_place(x, weight, bias, mean.clone(), var.clone(), momentum, self.eps)
-        y = ops.normalize_in_place(x, weight, bias, mean, var, momentum, self.eps)
+            return ops.normalize_in_place(x, weight, bias, mean.clone(), var.clone(), momentum, self.eps, *follow)
+        y = ops.normalize_in_place(x, weight, bias, mean, var, momentum, self.eps, *follow)
         if y is not None:
             batches.add_(1)
         return y
@@ -185,9 +191,7 @@ class BatchNorm(Tracking):
             y = self._normalize_batch(x, weights)
         if residual is not None:
             y = weights.only_valid(y + residual)
-        if activation is not None:
-            y = ACTIVATIONS[activation](y)
-        return weights.only_valid(y)
+        return weights.only_valid(ops.followed(y, None, activation))
 
     def _check_values(self, x: Tensor, residual: Tensor | None) -> None:
         if x.shape[1] != self.num_features:

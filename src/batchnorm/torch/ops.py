@@ -19,26 +19,27 @@ from torch.autograd import forward_ad
 from batchnorm.arrays import namespace
 from batchnorm.functional import Renorm, batch_norm_backward, batch_norm_train
 from batchnorm.moments import Moments
-from batchnorm.torch.rows import FEW_ROWS, are_near, full, in_rows, normalize_rows, over_channels
+from batchnorm.torch import fused
+from batchnorm.torch.choice import choose, is_eager
+from batchnorm.torch.options import ACTIVATIONS
+from batchnorm.torch.rows import FEW_ROWS, are_near, full, in_rows, memory_format, normalize_rows, over_channels
 
-__all__ = ["dense", "has_no_values", "is_eager", "normalize", "normalize_in_place", "normalize_weighted", "renormalize"]
+__all__ = [
+    "dense",
+    "evaluate",
+    "followed",
+    "has_no_values",
+    "is_eager",
+    "normalize",
+    "normalize_in_place",
+    "normalize_weighted",
+    "renormalize",
+]
 
 
 # the namespaces that a compiler must find, not look for
 for _kind in (Tensor, torch.nn.Parameter):
     namespace(_kind(torch.empty(0)))
-
-
-def is_eager(x: Tensor) -> bool:
-    """Say whether the values of ``x`` are at hand, and only they matter: not compiled, traced, watched, fake or on a device."""
-    return (
-        type(x) is Tensor
-        and x.is_cpu
-        and not torch.compiler.is_compiling()
-        and peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
 
 
 def has_no_values(x: Tensor) -> bool:
@@ -52,9 +53,16 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float)
         # functorch differentiates to any order and through any nesting, ATen's formulas do not
         step = batch_norm_train(x, weight, bias, eps=eps)
         return step.y, step.moments
+    choice = choose(x, weight, bias, None, None)
+    if choice.name == "definition":
+        step = batch_norm_train(x, weight, bias, eps=eps)
+        return step.y, step.moments
     if not is_eager(x):
         return _native(x, weight, bias, eps)
     x = dense(x)
+    if choice.name == "kernel":
+        y, found = fused.normalize(x, weight, bias, None, fused.Step(None, eps))
+        return y, Moments(x.numel() // x.shape[1], found.mean, found.m2)
     if not in_rows(x) or forward_ad._current_level >= 0:
         return _native(x, weight, bias, eps)
     rows = x.numel() // x.shape[1]
@@ -66,13 +74,65 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float)
     return y, Moments(moments.count, torch.from_numpy(moments.mean), torch.from_numpy(moments.m2))
 
 
+def followed(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    """Return ``activation(y + residual)``."""
+    y = y if residual is None else y + residual
+    return y if activation is None else ACTIVATIONS[activation](y)
+
+
+def evaluate(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float, *follow: Any
+) -> Tensor:
+    """Return ``activation(normalize(x) + residual)`` by given statistics; ``follow`` is the residual and the activation."""
+    residual, activation = follow
+    alone = residual is None and activation is None
+    if choose(x, weight, bias, residual, None, few=x.numel() + 1 if alone else fused.FEW).name != "kernel":
+        return followed(torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False), residual, activation)
+    x = dense(x)
+    fixed = mean.detach().double(), (var.detach().double() + eps).rsqrt()
+    return fused.normalize(x, weight, bias, alike(residual, x), fused.Step(activation, eps, fixed))[0]
+
+
+def alike(residual: Tensor | None, x: Tensor) -> Tensor | None:
+    """Return a residual in the layout of ``x``."""
+    return (
+        None
+        if residual is None
+        else residual.contiguous(memory_format=memory_format(x) if in_rows(x) else torch.contiguous_format)
+    )
+
+
 def normalize_in_place(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float,
+    eps: float,
+    *follow: Any,
+) -> Tensor | None:
+    """Return ``activation(normalize(x) + residual)`` and update the running statistics, in as few readings as there can be.
+
+    Returns ``None``, and changes nothing, if something is not finite. ``follow`` is the residual and the activation.
+    """
+    residual, activation = follow
+    choice = choose(x, weight, bias, residual, mean)
+    if choice.name == "definition":
+        return None
+    if choice.name == "kernel":
+        x = dense(x)
+        step = fused.Step(activation, eps, None, (mean, var), momentum)
+        y, found = fused.normalize(x, weight, bias, alike(residual, x), step)
+        return y if found.finite else None
+    plain = _native_in_place(x, weight, bias, mean, var, momentum, eps)
+    return None if plain is None else followed(plain, residual, activation)
+
+
+def _native_in_place(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, momentum: float, eps: float
 ) -> Tensor | None:
-    """Normalize and update the running statistics, in one call of ATen's where its sums are exact.
-
-    Returns ``None``, and changes nothing, if something is not finite.
-    """
+    """Normalize and update the running statistics in one call of ATen's, where its sums are exact."""
     if x.is_contiguous():
         rows = x.shape[0] if x.ndim == 2 else 0
     else:

@@ -1,0 +1,157 @@
+"""Which implementation normalizes a batch: our kernel, ATen or the definition; why; and how to force one."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+
+from batchnorm.errors import KernelError, OptionError
+
+__all__ = ["Choice", "choose", "force", "is_eager", "notes", "obstacle"]
+
+NAMES = ("kernel", "aten", "definition")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# values below which a node of autograd in Python costs more than the kernel saves
+FEW = 1 << 13
+
+_forced: ContextVar[str | None] = ContextVar("implementation", default=None)
+
+
+class Choice(NamedTuple):
+    """An implementation, ``"kernel"``, ``"aten"`` or ``"definition"``, and why it is taken."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+@contextmanager
+def force(name: str) -> Iterator[None]:
+    """Take one implementation wherever batches are normalized inside of the context, in this thread.
+
+    Args:
+        name: ``"kernel"``, ``"aten"`` or ``"definition"``.
+
+    Raises:
+        OptionError: another name.
+        KernelError: from a layer, where a forced kernel can't run; it says why.
+
+    Example:
+        >>> import torch
+        >>> from batchnorm.torch import BatchNorm2d, explain
+        >>> layer, x = BatchNorm2d(3), torch.zeros(2, 3, 4, 4)
+        >>> with force("definition"):
+        ...     print(explain(layer, x))
+        definition: it is forced
+    """
+    if name not in NAMES:
+        raise OptionError(f"an implementation must be one of {', '.join(NAMES)}, got {name!r}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def is_eager(x: Tensor) -> bool:
+    """Say whether the values of ``x`` are at hand, and only they matter: not compiled, traced, watched, fake or on a device."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def choose(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running: Tensor | None,
+    *,
+    few: int = FEW,
+) -> Choice:
+    """Choose for a batch: the kernel from ``few`` values on, unless something forbids it.
+
+    Raises:
+        KernelError: the kernel is forced, and can't run.
+    """
+    forced = _forced.get()
+    if forced is not None:
+        against = obstacle(x, weight, bias, residual, running) if forced == "kernel" else ""
+        if against:
+            raise KernelError(f"the kernel is forced and can't run: {against}; take force('aten') or no force at all")
+        return Choice(forced, "it is forced")
+    if x.numel() < few:
+        return _TINY
+    against = obstacle(x, weight, bias, residual, running)
+    return Choice("aten", against) if against else _KERNEL
+
+
+_KERNEL = Choice("kernel", "everything fits")
+_TINY = Choice("aten", f"fewer than {FEW:,} values: a call costs more than the work")
+
+
+def obstacle(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, running: Tensor | None
+) -> str:
+    """Say why the kernel can't run, or nothing."""
+    if not is_eager(x):
+        return f"it needs values in the memory of the processor, outside of compilers and transforms, got {_kind(x)}"
+    if forward_ad._current_level >= 0:
+        return "it has no forward-mode derivative"
+    if x.dtype not in DTYPES:
+        return f"it needs one of {', '.join(map(_name, DTYPES))}, got {_name(x.dtype)}"
+    if x.numel() == 0:
+        return "there is no value"
+    return _misfit(x, weight, bias, residual, running) or _not_installed()
+
+
+def _misfit(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, running: Tensor | None
+) -> str:
+    wide = x.dtype if x.dtype == torch.float64 else torch.float32
+    for name, v in (("γ", weight), ("β", bias)):
+        if v is not None and v.dtype not in (wide, x.dtype):
+            return f"{name} must be {_name(wide)} or {_name(x.dtype)} beside an input of {_name(x.dtype)}, got {_name(v.dtype)}"
+    if running is not None and running.dtype != wide:
+        return f"the running statistics must be {_name(wide)} beside an input of {_name(x.dtype)}, got {_name(running.dtype)}"
+    if residual is None:
+        return ""
+    if residual.dtype != x.dtype or residual.shape != x.shape or not is_eager(residual):
+        return f"the residual must be as the input, got {_name(residual.dtype)} {tuple(residual.shape)}"
+    return ""
+
+
+@lru_cache(maxsize=1)
+def _not_installed() -> str:
+    return "" if find_spec("numba") is not None else "it needs numba, which is not installed: pip install numba"
+
+
+def notes() -> tuple[str, ...]:
+    """Say what is not as it should be with the kernels that were used in this process."""
+    cpu = sys.modules.get("batchnorm.kernels.cpu")
+    return () if cpu is None else cpu.notes()
+
+
+def _kind(x: Any) -> str:
+    if torch.compiler.is_compiling():
+        return "a compiler's tensor"
+    return f"a {type(x).__name__} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

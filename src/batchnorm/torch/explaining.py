@@ -1,0 +1,38 @@
+"""Say which implementation a layer takes for an input, and why, without running it."""
+
+from torch import Tensor
+
+from batchnorm.torch.choice import Choice, choose, notes
+from batchnorm.torch.layers import BatchNorm
+
+__all__ = ["explain"]
+
+
+def explain(layer: BatchNorm, x: Tensor, residual: Tensor | None = None) -> Choice:
+    """Say how a layer would normalize an input: by our kernel, by ATen or by the definition, and why.
+
+    Nothing is computed and no statistic moves. Kernels take batches of the usual dtypes in both layouts; masks, weights and
+    the options of a layer are computed by the definition or by ATen.
+
+    Args:
+        layer: one of ours.
+        x: an input, of which shape, layout, dtype and device matter.
+        residual: what would be added.
+
+    Raises:
+        KernelError: the kernel is forced, and can't run.
+
+    Example:
+        >>> import torch
+        >>> from batchnorm.torch import BatchNorm2d
+        >>> print(explain(BatchNorm2d(8), torch.zeros(32, 8, 14, 14)))
+        kernel: everything fits
+        >>> print(explain(BatchNorm2d(8), torch.zeros(2, 8, 4, 4)))
+        aten: fewer than 8,192 values: a call costs more than the work
+    """
+    running = layer.running_mean if layer.training else None
+    choice = choose(x, layer.weight, layer.bias, residual, running)
+    if choice.name == "kernel":
+        said = notes()
+        return Choice("kernel", "; ".join((choice.reason, *said)))
+    return choice
