@@ -113,7 +113,6 @@ def _timed(steps: dict[str, Callable[[], object]], seconds: float, warm: int) ->
     if not steps:
         return found
     names, rounds, started = list(steps), 0, math.inf
-    gc.collect()
     gc.disable()
     try:
         while rounds < warm + LEAST or (time.perf_counter() - started < seconds and rounds < warm + MOST):

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from batchnorm.bench.contest import Absent, Contestant, Errors, Maker
 from batchnorm.bench.oracle import Case, Results, filled, run_layer, torchs
-from batchnorm.torch import BatchNorm1d, BatchNorm2d
+from batchnorm.torch import BatchNorm1d, BatchNorm2d, explain
 
-__all__ = ["COMPILED", "COPIES", "JAX", "NEW", "OURS", "TORCH", "contestants"]
+__all__ = ["COMPILED", "COPIES", "JAX", "NEW", "OURS", "TORCH", "contestants", "facts_of"]
 
 TORCH, COMPILED, JAX, OURS, COPIES, NEW = "torch", "torch.compile", "JAX", "ours", "copies", "copies, new memory"
 EPS, MOMENTUM = 1e-5, 0.1
@@ -28,6 +28,19 @@ def contestants(case: Case, *, slow: bool = False) -> dict[str, Maker]:
         OURS: lambda: _layer(case, _ours, case.errors),
         COPIES: lambda: _copies(case, new=False),
         NEW: lambda: _copies(case, new=True),
+    }
+
+
+def facts_of(case: Case) -> dict[str, Any]:
+    """Return what a row says of its case, and which implementation our layer takes for it."""
+    shape = tuple(case.x.shape)
+    layer: Any = _ours(case)
+    return {
+        "shape": shape,
+        "elements": case.x.numel(),
+        "bytes": case.x.nbytes,
+        "activation": case.activation,
+        "ours_by": str(explain(layer, case.x)),
     }
 
 

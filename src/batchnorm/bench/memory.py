@@ -1,6 +1,7 @@
 """What a training step keeps for its backward, with and without recomputing outputs, and what that costs in time."""
 
 import copy
+import gc
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
@@ -65,6 +66,8 @@ def run(out: Path, *, quick: bool = False) -> MemoryBench:
     with Progress("training", "networks", len(names), shown=not quick) as progress:
         for name in names:
             facts["rows"].append(_row(name, batch, 0.0 if quick else SECONDS))
+            # of hundreds of MB
+            gc.collect()
             progress.advance(name)
     label = "time as a multiple of that without recomputing (log)"
     picture = dots(facts["rows"], (OURS + AGAIN, LESS), OURS, label, out / "memory.svg")

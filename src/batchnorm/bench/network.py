@@ -1,6 +1,7 @@
 """Whole training steps of networks of torchvision: torch's layers, ours with their activations fused, torch's again."""
 
 import copy
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ def run(out: Path, *, quick: bool = False) -> NetworkBench:
     with Progress("training", "networks", len(names), shown=not quick) as progress:
         for name in names:
             facts["rows"].append(_row(name, batch, 0.0 if quick else SECONDS))
+            # of hundreds of MB
+            gc.collect()
             progress.advance(name)
     picture = dots(
         facts["rows"], (OURS,), TORCH, "time as a multiple of that with torch's layers (log)", out / "network.svg"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from batchnorm.bench.contest import begin, hold
-from batchnorm.bench.contestants import COMPILED, COPIES, JAX, NEW, OURS, TORCH, contestants
+from batchnorm.bench.contestants import COMPILED, COPIES, JAX, NEW, OURS, TORCH, contestants, facts_of
 from batchnorm.bench.machine import keep
 from batchnorm.bench.oracle import LAYOUTS, Case
 from batchnorm.bench.plots import dots
@@ -27,7 +27,7 @@ SAMPLES = 32
 QUICK = ((8, 14), (16, 7))
 # compiling takes long: on some shapes only
 SLOW = ((64, 56), (256, 28), (512, 7))
-SECONDS, QUICK_SECONDS = 3.5, 0.05
+SECONDS, QUICK_SECONDS = 3.5, 0.01
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def run(out: Path, *, quick: bool = False) -> OpBench:
                     makers = contestants(case, slow=slow and (channels, size) in SLOW + QUICK[:1])
                     if quick:
                         makers.pop(COMPILED, None)
-                    rows.append(hold({"group": group, "shape": shape, "bytes": case.x.nbytes}, makers, seconds=seconds))
+                    rows.append(hold({"group": group, **facts_of(case)}, makers, seconds=seconds))
                     progress.advance()
     # shapes were drawn once for all groups
     facts["rows"] = [row for some in groups(rows).values() for row in some]
