@@ -100,6 +100,7 @@ def row_of(ours, again=(1.0,), rounds=40, **facts):
         ((2.0,), (1.0,), 40, "0.50× [0.50, 0.50]"),
         # both ways
         ((0.8, 1.3), (1.0,), 40, "no difference [0.77, 1.25]"),
+        ((0.8, 0.8, 1.3), (1.0,), 8, "no difference [0.77, 1.25]"),
         # as large as that of torch beside itself, in either direction
         ((0.95,), (0.94,), 40, "no difference [1.05, 1.05]"),
         ((0.95,), (1.07,), 40, "no difference [1.05, 1.05]"),
