@@ -19,7 +19,9 @@ from batchnorm.torch import convert
 __all__ = ["Batch", "allowed_errors", "answers", "batch_of", "built", "errors_of", "fused", "trainer"]
 
 RATE, MOMENTUM, CLASSES = 1e-3, 0.9, 1000
-TIMES, UNITS = 2.0, 8.0
+UNITS, DRAWS = 8.0, 3
+# draws of the same network differ by three times; what is wrong is at 1e-7 or more, which float64 shows beside 1e-10
+TIMES = {torch.float32: 2.0, torch.float64: 10.0}
 
 Batch = tuple[Tensor, Tensor]
 Answers = dict[str, Tensor]
@@ -95,16 +97,28 @@ def answers(model: nn.Module, batch: Batch, context: Context = nullcontext) -> A
 
 
 def allowed_errors(model: nn.Module, batch: Batch, right: Answers) -> dict[str, float]:
-    """Return how far from ``right`` a network may be: twice as far as it is itself in channels-last, and a few ULP.
+    """Return how far from ``right`` a network may be: `TIMES` as far as rounding takes it from itself, and a few ULP.
 
-    Both are the same network on torch's kernels, only the order of the sums is another. What rounding does to this network,
-    from layer to layer, is in the difference: a bound from outside would not know.
+    It is the same network on torch's kernels in channels-last, where sums have another order, with parameters that are
+    rounded once more. What rounding does to this network, from layer to layer, is in the difference: a bound from outside
+    would not know. Few directions make up most of it, so that one draw is not enough.
     """
     x, labels = batch
-    there = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    found = answers(there, (x.contiguous(memory_format=torch.channels_last), labels))
+    there = x.contiguous(memory_format=torch.channels_last), labels
+    draws = [_distances(answers(_rounded_again(model, seed), there), right) for seed in range(DRAWS)]
     eps = torch.finfo(x.dtype).eps
-    return {what: TIMES * far + UNITS * eps for what, far in _distances(found, right).items()}
+    return {what: TIMES[x.dtype] * max(draw[what] for draw in draws) + UNITS * eps for what in right}
+
+
+def _rounded_again(model: nn.Module, seed: int) -> nn.Module:
+    """Return a network in channels-last with every parameter moved by up to one unit in the last place."""
+    model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            moved = torch.rand(parameter.shape, generator=generator, dtype=parameter.dtype) - 0.5
+            parameter.mul_(1 + 2 * torch.finfo(parameter.dtype).eps * moved)
+    return model
 
 
 def errors_of(found: Answers, right: Answers, allowed: dict[str, float], of: str = "") -> Errors:
