@@ -11,7 +11,7 @@ from numba.extending import overload
 
 from batchnorm.kernels.scalars import floor, like, power_of_two
 
-__all__ = ["CODES", "GATED", "activate", "slope", "slope_by_output"]
+__all__ = ["CODES", "activate", "slope", "slope_by_output"]
 
 CODES: dict[str | None, int] = {
     None: 0,
@@ -24,9 +24,6 @@ CODES: dict[str | None, int] = {
     "sigmoid": 7,
     "tanh": 8,
 }
-GATED = frozenset((None, "relu", "relu6", "leaky_relu"))
-"""Activations whose slope can be told from their output."""
-
 LEAK = 0.01
 ROOT_HALF, DENSITY_AT_0 = math.sqrt(0.5), 1 / math.sqrt(2 * math.pi)
 # beyond, float32 ends

@@ -43,7 +43,7 @@ _WORDS = (
 class Arguments(ctypes.Structure):
     """The block, filled in by name."""
 
-    _fields_ = [*((name, ctypes.c_int64) for name in _WORDS), ("eps", ctypes.c_double), ("momentum", ctypes.c_double)]  # noqa: RUF012
+    _fields_ = [*((name, ctypes.c_int64) for name in _WORDS), ("eps", ctypes.c_double), ("momentum", ctypes.c_double)]
 
 
 BUILD, NEXT, DONE, X, Y, DY, DX, RESIDUAL, DRESIDUAL, SAMPLES, CHANNELS, PLACES, WIDTH, HEIGHT, STRIPS, BLOCKS = range(

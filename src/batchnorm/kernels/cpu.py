@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 from numba import cfunc, types
 
 from batchnorm.kernels import planes, pool, rows
-from batchnorm.kernels.activations import CODES, GATED
+from batchnorm.kernels.activations import CODES
 from batchnorm.kernels.arguments import Arguments, build_number
 
-__all__ = ["GATED", "KINDS", "Arguments", "Plan", "backward", "compiled", "forward", "notes", "plan"]
+__all__ = ["KINDS", "Arguments", "Plan", "backward", "compiled", "forward", "notes", "plan"]
 
 KINDS = {"float32": types.float32, "float64": types.float64, "bfloat16": types.uint16, "float16": types.int16}
 """The dtypes, and the type that Numba sees."""

@@ -6,9 +6,22 @@ from numba import njit
 
 from batchnorm.kernels.activations import activate, slope, slope_by_output
 from batchnorm.kernels.arguments import (
-    BUILD, CHANNELS, DERIVE, DONE, DRESIDUAL, DX, DY, FIXED, NEXT, PLACES, RESIDUAL, SAMPLES, X, Y,
+    BUILD,
+    CHANNELS,
+    DERIVE,
+    DONE,
+    DRESIDUAL,
+    DX,
+    DY,
+    FIXED,
+    NEXT,
+    PLACES,
+    RESIDUAL,
+    SAMPLES,
+    X,
+    Y,
 )  # fmt: skip
-from batchnorm.kernels.scalars import add_to_slot, fused, get, like, pointer, put, slot, take
+from batchnorm.kernels.scalars import add_to_slot, coarse, fused, get, like, pointer, put, slot, take
 from batchnorm.kernels.statistics import affine_of, backward_affine, keep, move_running
 
 __all__ = ["SUMS", "backward", "forward"]
@@ -62,10 +75,10 @@ def measure(x: Any, samples: int, stride: int, first: int, places: int) -> Any:
     zero = like(get(x, first), 0)
     known = min(places, CHUNK)
     near, _ = distances(x, first, first + known, zero)
-    mean = like(zero, near / known)
+    mean = coarse(x, like(zero, near / known))
     rest, m2 = around(x, samples, stride, first, places, mean)
     if rest * rest * (samples * places) > FAR * FAR * m2:
-        mean = like(zero, mean + rest)
+        mean = coarse(x, like(zero, mean + rest))
         rest, m2 = around(x, samples, stride, first, places, mean)
     return mean + rest, m2
 

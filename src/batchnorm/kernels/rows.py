@@ -7,10 +7,40 @@ from numba import carray, njit
 
 from batchnorm.kernels.activations import activate
 from batchnorm.kernels.arguments import (
-    AFFINE, BLOCKS, BUILD, CHANNELS, DONE, DRESIDUAL, DX, DY, HEIGHT, NEXT, PARTS, RESIDUAL, SAMPLES, STRIPS, WIDTH, X, Y,
+    AFFINE,
+    BLOCKS,
+    BUILD,
+    CHANNELS,
+    DONE,
+    DRESIDUAL,
+    DX,
+    DY,
+    HEIGHT,
+    NEXT,
+    PARTS,
+    RESIDUAL,
+    SAMPLES,
+    STRIPS,
+    WIDTH,
+    X,
+    Y,
 )  # fmt: skip
 from batchnorm.kernels.planes import FAR, SUMS, centred, gradient
-from batchnorm.kernels.scalars import add_to_slot, fused, get, like, parameters, pointer, put, reals, slot, take
+from batchnorm.kernels.scalars import (
+    add_to,
+    add_to_slot,
+    coarse,
+    fused,
+    get,
+    like,
+    of,
+    parameters,
+    pointer,
+    put,
+    reals,
+    slot,
+    take,
+)
 from batchnorm.kernels.statistics import affine_of, backward_affine, keep, move_running
 
 __all__ = ["apply", "derive", "measure", "sums"]
@@ -18,27 +48,27 @@ __all__ = ["apply", "derive", "measure", "sums"]
 # rows that are added in float32 before their sum is added in float64
 TILE = 128
 # rows whose mean is the first estimate
-FIRST = 16
+FIRST = 4
 
 
 @njit(fastmath=SUMS)
-def distances(x: Any, start: int, rows: int, channels: int, width: int, mean: Any, s: Any, q: Any) -> None:
+def distances(x: Any, start: int, rows: int, channels: int, mean: Any, s: Any, q: Any) -> None:
     """Add the distances of some rows from a mean, and their squares, to s and q."""
-    i, end = start, start + rows * channels
-    while i + 3 * channels < end:
-        j, k, m = i + channels, i + 2 * channels, i + 3 * channels
-        for c in range(width):
-            t0, t1 = centred(x, i + c, mean[c]), centred(x, j + c, mean[c])
-            t2, t3 = centred(x, k + c, mean[c]), centred(x, m + c, mean[c])
-            s[c] += (t0 + t1) + (t2 + t3)
-            q[c] += (t0 * t0 + t1 * t1) + (t2 * t2 + t3 * t3)
-        i += 4 * channels
-    while i < end:
-        for c in range(width):
-            t = centred(x, i + c, mean[c])
-            s[c] += t
-            q[c] += t * t
-        i += channels
+    many = rows - rows % 4
+    for i in range(start, start + many * channels, 4 * channels):
+        for c in range(len(mean)):
+            plain, squares = like(mean[0], 0), like(mean[0], 0)
+            for k in range(4):
+                t = centred(x, i + k * channels + c, of(mean, c))
+                plain += t
+                squares += t * t
+            add_to(s, c, plain)
+            add_to(q, c, squares)
+    for i in range(start + many * channels, start + rows * channels, channels):
+        for c in range(len(mean)):
+            t = centred(x, i + c, of(mean, c))
+            add_to(s, c, t)
+            add_to(q, c, t * t)
 
 
 @njit
@@ -54,12 +84,11 @@ def flush(s: Any, q: Any, total: Any, squares: Any) -> None:
 @njit
 def around(x: Any, start: int, rows: int, channels: int, mean: Any, total: Any, squares: Any) -> None:
     """Turn into the sums of the distances of all rows from a mean, and of their squares."""
-    width = len(mean)
     s, q = np.zeros_like(mean), np.zeros_like(mean)
     total[:] = 0
     squares[:] = 0
     for tile in range(0, rows, TILE):
-        distances(x, start + tile * channels, min(TILE, rows - tile), channels, width, mean, s, q)
+        distances(x, start + tile * channels, min(TILE, rows - tile), channels, mean, s, q)
         flush(s, q, total, squares)
 
 
@@ -70,7 +99,7 @@ def measure_strip(x: Any, start: int, rows: int, channels: int, mean: Any, total
     mean[:] = 0
     around(x, start, first, channels, mean, total, m2)
     for c in range(width):
-        mean[c] = total[c] / first
+        mean[c] = coarse(x, like(mean[c], total[c] / first))
     for attempt in range(2):
         around(x, start, rows, channels, mean, total, m2)
         far = False
@@ -83,7 +112,7 @@ def measure_strip(x: Any, start: int, rows: int, channels: int, mean: Any, total
         if attempt == 1 or not far:
             break
         for c in range(width):
-            mean[c] += total[c]
+            mean[c] = coarse(x, like(mean[c], mean[c] + total[c]))
 
 
 @njit
@@ -168,7 +197,7 @@ def apply(build: int, act: int, adds: int) -> Any:
             mean, scale, shift = affines(p, zero, first, width)
             for i in range(start, start + rows * channels, channels):
                 for c in range(width):
-                    z = fused(get(x, i + c) - mean[c], scale[c], shift[c])
+                    z = fused(get(x, i + c) - of(mean, c), of(scale, c), of(shift, c))
                     if adds != 0:
                         z = z + get(residual, i + c)
                     put(y, i + c, activate(act, z))
@@ -192,12 +221,24 @@ def gradient_sums(
 ) -> None:
     """Add the sums of d and of d · (x - mean) of some rows to s and q."""
     mean, scale, shift = affine
-    for i in range(start, start + rows * channels, channels):
+    many = rows - rows % 4
+    for i in range(start, start + many * channels, 4 * channels):
         for c in range(len(s)):
-            t = centred(x, i + c, mean[c])
-            d = gradient(act, adds, x, dy, residual, i + c, t, scale[c], shift[c])
-            s[c] += d
-            q[c] += d * t
+            plain, distant = like(mean[0], 0), like(mean[0], 0)
+            for k in range(4):
+                j = i + k * channels + c
+                t = centred(x, j, of(mean, c))
+                d = gradient(act, adds, x, dy, residual, j, t, of(scale, c), of(shift, c))
+                plain += d
+                distant += d * t
+            add_to(s, c, plain)
+            add_to(q, c, distant)
+    for i in range(start + many * channels, start + rows * channels, channels):
+        for c in range(len(s)):
+            t = centred(x, i + c, of(mean, c))
+            d = gradient(act, adds, x, dy, residual, i + c, t, of(scale, c), of(shift, c))
+            add_to(s, c, d)
+            add_to(q, c, d * t)
 
 
 @njit
@@ -264,17 +305,26 @@ def derive(build: int, act: int, adds: int) -> Any:
             first, width, _, rows, start = block(p, task)
             mean, scale, shift = affines(p, zero, first, width)
             gains, slopes, offsets = coefficients[0, first:], coefficients[1, first:], coefficients[2, first:]
-            for i in range(start, start + rows * channels, channels):
-                if adds != 0 and keeps != 0:
+            if adds != 0 and keeps != 0:
+                for i in range(start, start + rows * channels, channels):
                     for c in range(width):
-                        t = get(x, i + c) - mean[c]
-                        d = gradient(act, adds, x, dy, residual, i + c, t, scale[c], shift[c])
+                        t = get(x, i + c) - of(mean, c)
+                        d = gradient(act, adds, x, dy, residual, i + c, t, of(scale, c), of(shift, c))
                         put(dresidual, i + c, d)
-                        put(dx, i + c, fused(gains[c], d, fused(slopes[c], t, offsets[c])))
-                else:
+                        put(dx, i + c, fused(of(gains, c), d, fused(of(slopes, c), t, of(offsets, c))))
+            else:
+                many = rows - rows % 2
+                for i in range(start, start + many * channels, 2 * channels):
                     for c in range(width):
-                        t = get(x, i + c) - mean[c]
-                        d = gradient(act, adds, x, dy, residual, i + c, t, scale[c], shift[c])
-                        put(dx, i + c, fused(gains[c], d, fused(slopes[c], t, offsets[c])))
+                        for k in range(2):
+                            j = i + k * channels + c
+                            t = get(x, j) - of(mean, c)
+                            d = gradient(act, adds, x, dy, residual, j, t, of(scale, c), of(shift, c))
+                            put(dx, j, fused(of(gains, c), d, fused(of(slopes, c), t, of(offsets, c))))
+                for i in range(start + many * channels, start + rows * channels, channels):
+                    for c in range(width):
+                        t = get(x, i + c) - of(mean, c)
+                        d = gradient(act, adds, x, dy, residual, i + c, t, of(scale, c), of(shift, c))
+                        put(dx, i + c, fused(of(gains, c), d, fused(of(slopes, c), t, of(offsets, c))))
 
     return kernel

@@ -6,7 +6,20 @@ from typing import Any
 from numba import njit
 
 from batchnorm.kernels.arguments import (
-    BETA, CHANNELS, DBETA, DERIVE, DGAMMA, EPS, FINITE, FIXED, GAMMA, M2, MEAN, MOMENTUM, RSTD, RUNNING_MEAN, RUNNING_VAR,
+    BETA,
+    CHANNELS,
+    DBETA,
+    DGAMMA,
+    EPS,
+    FINITE,
+    FIXED,
+    GAMMA,
+    M2,
+    MEAN,
+    MOMENTUM,
+    RSTD,
+    RUNNING_MEAN,
+    RUNNING_VAR,
 )  # fmt: skip
 from batchnorm.kernels.scalars import like, parameters, real, reals, set_slot, slot
 

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -21,6 +20,9 @@ NAMES = ("kernel", "aten", "definition")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # values below which a node of autograd in Python costs more than the kernel saves
 FEW = 1 << 13
+
+HAS_NUMBA = find_spec("numba") is not None
+_NOT_INSTALLED = "" if HAS_NUMBA else "it needs numba, which is not installed: pip install numba"
 
 _forced: ContextVar[str | None] = ContextVar("implementation", default=None)
 
@@ -117,7 +119,7 @@ def obstacle(
         return f"it needs one of {', '.join(map(_name, DTYPES))}, got {_name(x.dtype)}"
     if x.numel() == 0:
         return "there is no value"
-    return _misfit(x, weight, bias, residual, running) or _not_installed()
+    return _misfit(x, weight, bias, residual, running) or _NOT_INSTALLED
 
 
 def _misfit(
@@ -134,11 +136,6 @@ def _misfit(
     if residual.dtype != x.dtype or residual.shape != x.shape or not is_eager(residual):
         return f"the residual must be as the input, got {_name(residual.dtype)} {tuple(residual.shape)}"
     return ""
-
-
-@lru_cache(maxsize=1)
-def _not_installed() -> str:
-    return "" if find_spec("numba") is not None else "it needs numba, which is not installed: pip install numba"
 
 
 def notes() -> tuple[str, ...]:

@@ -30,7 +30,7 @@ def explain(layer: BatchNorm, x: Tensor, residual: Tensor | None = None) -> Choi
         >>> print(explain(BatchNorm2d(8), torch.zeros(2, 8, 4, 4)))
         aten: fewer than 8,192 values: a call costs more than the work
     """
-    running = layer.running_mean if layer.training else None
+    running = layer._buffers["running_mean"] if layer.training else None
     choice = choose(x, layer.weight, layer.bias, residual, running)
     if choice.name == "kernel":
         said = notes()

@@ -20,7 +20,7 @@ from batchnorm.torch.choice import is_eager
 from batchnorm.torch.options import ACTIVATIONS
 from batchnorm.torch.rows import full, in_rows, memory_format
 
-__all__ = ["KINDS", "Step", "evaluate", "kernels", "normalize"]
+__all__ = ["FEW", "Found", "Step", "forward", "gradients", "is_gated", "normalize"]
 
 KINDS = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # values below which an evaluation is left to ATen
@@ -29,6 +29,15 @@ FEW = 1 << 12
 HUGE = 1 << 25
 PAGE = 1 << 21
 MADV_HUGEPAGE = 14
+
+
+# activations whose slope can be told from their output
+GATED = (None, "relu", "relu6", "leaky_relu")
+
+
+def is_gated(activation: str | None) -> bool:
+    """Say whether the slope of an activation can be told from its output."""
+    return activation in GATED
 
 
 @lru_cache(maxsize=1)
@@ -69,7 +78,7 @@ def normalize(
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, weight, bias, residual)):
         y: Tensor = _Fused.apply(x, weight, bias, residual, step, found)  # type: ignore[no-untyped-call]
     else:
-        y = _forward(x, weight, bias, residual, step, found)
+        y = forward(x, weight, bias, residual, step, found)
     return y, found[0]
 
 
@@ -84,23 +93,21 @@ class _Fused(torch.autograd.Function):
         step: Step,
         found: list[Found],
     ) -> Tensor:
-        y = _forward(x, weight, bias, residual, step, found)
+        y = forward(x, weight, bias, residual, step, found)
         # the output tells the slope, and the next layer keeps it anyway
-        gated = residual is not None and step.activation in kernels().GATED
-        ctx.save_for_backward(
-            x, weight, bias, y if gated and step.activation is not None else None if gated else residual
-        )
-        ctx.step, ctx.found, ctx.gated = step, found[0], gated
-        ctx.adds = residual is not None
+        gated = residual is not None and is_gated(step.activation)
+        beside = None if step.activation is None else y if gated else residual
+        ctx.save_for_backward(x, weight, bias, beside)
+        ctx.step, ctx.found, ctx.gated, ctx.adds = step, found[0], gated, residual is not None
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, bias, beside = ctx.saved_tensors
-        return (*_backward(ctx, dy, x, weight, bias, beside), None, None)
+        return (*gradients(ctx, dy, x, weight, bias, beside), None, None)
 
 
-def _forward(
+def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, step: Step, found: list[Found]
 ) -> Tensor:
     cpu = kernels()
@@ -128,7 +135,7 @@ def _forward(
     return y
 
 
-def _backward(ctx: Any, dy: Tensor, x: Tensor, weight: Any, bias: Any, beside: Tensor | None) -> tuple[Any, ...]:
+def gradients(ctx: Any, dy: Tensor, x: Tensor, weight: Any, bias: Any, beside: Tensor | None) -> tuple[Any, ...]:
     step, found = ctx.step, ctx.found
     if torch.is_grad_enabled() or not is_eager(dy):
         return _derive_again(ctx, dy, x, weight, bias, beside)
@@ -180,15 +187,18 @@ def _before_activation(
         return dy
     if ctx.gated:
         # straight pieces: the slope at the output is that at the input, and has no slope itself
-        y = beside.detach().requires_grad_()
+        y: Any = beside
+        y = y.detach().requires_grad_()
         (slope,) = torch.autograd.grad(ACTIVATIONS[step.activation](y), y, torch.ones_like(y))
-        return dy * slope
+        gated: Tensor = dy * slope
+        return gated
     if fixed is None:
         z = batch_norm_train(x, weight, bias, eps=step.eps).y
     else:
         z = batch_norm_inference(x, *fixed, weight, bias, eps=step.eps)
     z = z if beside is None else z + beside
     z = z if z.requires_grad else z.requires_grad_()
+    d: Tensor
     (d,) = torch.autograd.grad(ACTIVATIONS[step.activation](z), z, dy, create_graph=True)
     return d
 

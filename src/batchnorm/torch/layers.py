@@ -187,6 +187,8 @@ class BatchNorm(Tracking):
             y = self._normalize_nothing(x)
         elif not self.normalizes_by_batch():
             y = self._evaluate(x, weights)
+        elif self._plain and not weights:
+            return self._normalize_batch(x, weights, residual, activation)
         else:
             y = self._normalize_batch(x, weights)
         if residual is not None:
@@ -239,12 +241,13 @@ class BatchNorm(Tracking):
             )  # fmt: skip
         return y
 
-    def _normalize_batch(self, x: Tensor, weights: Weights) -> Tensor:
+    def _normalize_batch(self, x: Tensor, weights: Weights, *follow: Any) -> Tensor:
         if torch._C._get_tracing_state() is not None and not weights and self._buffers["running_mean"] is None:
-            return torch.batch_norm(x, self.weight, self.bias, None, None, True, 0.0, self.eps, False)
+            y = torch.batch_norm(x, self.weight, self.bias, None, None, True, 0.0, self.eps, False)
+            return ops.followed(y, *follow or (None, None))
         valid = weights.valid_places(x)
         if valid == 1:
-            return self._normalize_single(x, weights)
+            return ops.followed(self._normalize_single(x, weights), *follow or (None, None))
         state = self._renorm_state(x, weights)
         if self.options.virtual_batch_size is not None and not weights:
             size = self.options.virtual_batch_size
@@ -252,7 +255,7 @@ class BatchNorm(Tracking):
             y = torch.cat([y for y, _ in parts]) if len(parts) > 1 else parts[0][0]
             moments = Moments.empty().merge(*(moments for _, moments in parts))
         else:
-            y, moments = self._normalize_group(x, weights, state)
+            y, moments = self._normalize_group(x, weights, state, *follow)
         self.observe(moments)
         return y
 
@@ -266,7 +269,7 @@ class BatchNorm(Tracking):
         return self.remember(x, renorm.bounds_branch_free(batches))
 
     def _normalize_group(
-        self, x: Tensor, weights: Weights, state: tuple[Tensor, Tensor, Renorm] | None
+        self, x: Tensor, weights: Weights, state: tuple[Tensor, Tensor, Renorm] | None, *follow: Any
     ) -> tuple[Tensor, Moments]:
         if weights:
             return ops.normalize_weighted(
@@ -276,7 +279,7 @@ class BatchNorm(Tracking):
             )  # fmt: skip
         if state is not None:
             return ops.renormalize(x, self.weight, self.bias, self.eps, state[:2], state[2])
-        return ops.normalize(x, self.weight, self.bias, self.eps)
+        return ops.normalize(x, self.weight, self.bias, self.eps, *follow)
 
     def _normalize_across(self, x: Tensor, weights: Weights, group: Any) -> Tensor:
         """Normalize by the statistics of all ranks of a group."""

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from batchnorm.arrays import namespace
 from batchnorm.functional import Renorm, batch_norm_backward, batch_norm_train
 from batchnorm.moments import Moments
-from batchnorm.torch import fused
+from batchnorm.torch import fused, operators
 from batchnorm.torch.choice import choose, is_eager
 from batchnorm.torch.options import ACTIVATIONS
 from batchnorm.torch.rows import FEW_ROWS, are_near, full, in_rows, memory_format, normalize_rows, over_channels
@@ -47,12 +47,27 @@ def has_no_values(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and (x.is_meta or isinstance(x, FakeTensor))
 
 
-def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Moments]:
-    """Return `batch_norm_train` of ``x`` by the fastest way that is exact, and the Moments of the batch."""
+def normalize(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *follow: Any
+) -> tuple[Tensor, Moments]:
+    """Return ``activation(normalize(x) + residual)`` by the fastest way that is exact, and the Moments of the batch.
+
+    ``follow`` is the residual and the activation, or nothing.
+    """
+    residual, activation = follow or (None, None)
+    if operators.is_kept(x, weight, bias, residual):
+        return operators.normalize(x, weight, bias, eps, residual, activation)
+    y, moments = _normalize(x, weight, bias, eps)
+    return followed(y, residual, activation), moments
+
+
+def _normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Moments]:
     if peek_interpreter_stack() is not None and not torch.compiler.is_compiling():
         # functorch differentiates to any order and through any nesting, ATen's formulas do not
         step = batch_norm_train(x, weight, bias, eps=eps)
         return step.y, step.moments
+    if torch.compiler.is_compiling():
+        return _native(x, weight, bias, eps)
     choice = choose(x, weight, bias, None, None)
     if choice.name == "definition":
         step = batch_norm_train(x, weight, bias, eps=eps)
