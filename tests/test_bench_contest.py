@@ -19,7 +19,7 @@ from batchnorm.bench.oracle import Case, run_layer, torchs
 from batchnorm.bench.plots import dots, lines
 from batchnorm.bench.ratios import Ratio, is_unstable, mean_speed_up, noise, speed_up
 from batchnorm.bench.saved import asked_bytes, saved_bytes
-from batchnorm.bench.scores import in_words, left_out, means, scores
+from batchnorm.bench.scores import busy, in_words, left_out, means, scores
 from batchnorm.errors import MissingDependencyError
 
 
@@ -122,6 +122,11 @@ def test_what_differs_from_itself_is_unstable():
     assert not is_unstable(row_of((0.5,), (1.04,)))
     assert scores([row_of((0.5,), (1.06,))]).count("unstable") == 1
     assert "unstable" not in scores([row_of((0.5,), (1.04,))])
+
+
+def test_a_busy_machine_is_told():
+    assert busy({"load": (0.3, 0, 0), "cores": 2}) == busy({"load": None, "cores": 2}) == []
+    assert "a load of 1.5 on 2 cores" in busy({"load": (1.5, 0, 0), "cores": 2})[0]
 
 
 def test_a_mean_says_what_is_missing():

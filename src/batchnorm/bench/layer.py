@@ -16,7 +16,7 @@ from batchnorm.bench.machine import keep
 from batchnorm.bench.op import RESNET_50, SAMPLES
 from batchnorm.bench.oracle import ACTIVATIONS, LAYOUTS, Case
 from batchnorm.bench.plots import dots, lines
-from batchnorm.bench.scores import NOTES, groups, left_out, means, scores
+from batchnorm.bench.scores import NOTES, busy, groups, left_out, means, scores
 from batchnorm.progress import Progress
 from batchnorm.tables import table
 
@@ -46,7 +46,7 @@ class LayerBench:
         rows, said = self.facts["rows"], []
         for group, some in groups(rows).items():
             said += [group, _sizes(some) if group == SIZE else scores(some), means(some, OURS), ""]
-        said += [exactness(self.facts["exactness"]), "", *left_out(rows), *NOTES]
+        said += [exactness(self.facts["exactness"]), "", *left_out(rows), *NOTES, *busy(self.facts["machine"])]
         return "\n".join([*said, f"raw values and pictures: {', '.join(map(str, self.files))}"])
 
 

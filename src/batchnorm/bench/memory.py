@@ -18,7 +18,7 @@ from batchnorm.bench.networks import Batch, answers, batch_of, built, fused, tra
 from batchnorm.bench.plots import dots
 from batchnorm.bench.ratios import AGAIN
 from batchnorm.bench.saved import asked_bytes, peak_bytes, saved_bytes
-from batchnorm.bench.scores import NOTES, left_out, scores
+from batchnorm.bench.scores import NOTES, busy, left_out, scores
 from batchnorm.progress import Progress
 from batchnorm.tables import table
 
@@ -49,6 +49,7 @@ class MemoryBench:
             scores(rows, "Network"),
             *left_out(rows),
             *NOTES,
+            *busy(self.facts["machine"]),
         ]
         return "\n".join([*lines, f"raw values and picture: {', '.join(map(str, self.files))}"])
 

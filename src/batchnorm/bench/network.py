@@ -14,7 +14,7 @@ from batchnorm.bench.contestants import OURS, TORCH
 from batchnorm.bench.machine import keep
 from batchnorm.bench.networks import Batch, allowed_errors, answers, batch_of, built, errors_of, fused, trainer
 from batchnorm.bench.plots import dots
-from batchnorm.bench.scores import NOTES, left_out, means, scores
+from batchnorm.bench.scores import NOTES, busy, left_out, means, scores
 from batchnorm.progress import Progress
 
 __all__ = ["NETWORKS", "NetworkBench", "run"]
@@ -47,6 +47,7 @@ class NetworkBench:
             "",
             *left_out(rows),
             *NOTES,
+            *busy(self.facts["machine"]),
         ]
         return "\n".join([*lines, f"raw values and picture: {', '.join(map(str, self.files))}"])
 

@@ -13,7 +13,7 @@ from batchnorm.bench.machine import keep
 from batchnorm.bench.oracle import LAYOUTS, Case
 from batchnorm.bench.plots import dots
 from batchnorm.bench.ratios import multiple
-from batchnorm.bench.scores import NOTES, groups, left_out, means, scores, shape_of
+from batchnorm.bench.scores import NOTES, busy, groups, left_out, means, scores, shape_of
 from batchnorm.progress import Progress
 
 __all__ = ["RESNET_50", "OpBench", "run"]
@@ -42,7 +42,7 @@ class OpBench:
         lines = []
         for group, some in groups(rows).items():
             lines += [group, scores(some), means(some, OURS), *_to_copies(some, self.facts["machine"]["caches"]), ""]
-        lines += [*left_out(rows), *NOTES]
+        lines += [*left_out(rows), *NOTES, *busy(self.facts["machine"])]
         return "\n".join([*lines, f"raw values and picture: {', '.join(map(str, self.files))}"])
 
 

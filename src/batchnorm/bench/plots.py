@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, ScalarFormatter
+from matplotlib.ticker import NullLocator, StrMethodFormatter
 
 from batchnorm.bench.ratios import multiple
 from batchnorm.bench.scores import groups, shape_of
@@ -44,8 +44,10 @@ def dots(rows: Sequence[dict[str, Any]], names: Sequence[str], base: str, label:
             _panel(axes, some, names, base)
             axes.set_title(group, loc="left", fontsize=9)
         every[-1].set_xlabel(label)
-        if panels:
-            every[0].legend(loc="upper right")
+        legend = {
+            label: handle for axes in every for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(legend.values(), legend, loc="outside upper right", ncols=len(legend) or 1)
 
     return _saved(draw, (7.0, 0.8 + 0.22 * sum(heights)), file)
 
@@ -53,6 +55,8 @@ def dots(rows: Sequence[dict[str, Any]], names: Sequence[str], base: str, label:
 def _panel(axes: Axes, rows: list[dict[str, Any]], names: Sequence[str], base: str) -> None:
     for i, name in enumerate(names):
         points = [(place, multiple(row, name, base)) for place, row in enumerate(rows) if name in row["seconds"]]
+        if not points:
+            continue
         values = [ratio.value for _, ratio in points]
         bars = [
             [max(0.0, ratio.value - ratio.interval[0]) for _, ratio in points],
@@ -62,7 +66,7 @@ def _panel(axes: Axes, rows: list[dict[str, Any]], names: Sequence[str], base: s
         axes.errorbar(values, [p for p, _ in points], xerr=bars, fmt="o", ms=4, lw=1, color=colour, label=name)
     axes.axvline(1, color="black", lw=1)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks([0.25, 0.5, 1, 2, 4, 8, 16, 32])
     axes.grid(axis="x", alpha=0.3)

@@ -8,7 +8,7 @@ from batchnorm.bench.contestants import COPIES, NEW, OURS
 from batchnorm.bench.ratios import AGAIN, is_unstable, mean_speed_up, multiple, noise, speed_up
 from batchnorm.tables import table
 
-__all__ = ["groups", "in_words", "left_out", "means", "scores", "shape_of"]
+__all__ = ["busy", "groups", "in_words", "left_out", "means", "scores", "shape_of"]
 
 NOTES = (
     "×: the first contestant's time divided by this one's, median of the rounds, [95 % interval]. “no difference”: the",
@@ -58,6 +58,16 @@ def in_words(row: dict[str, Any], name: str) -> str:
     if name == row["first"] + AGAIN:
         return f"{ratio.value:.2f} [{ratio.interval[0]:.2f}, {ratio.interval[1]:.2f}]"
     return ratio.told(noise(row))
+
+
+def busy(machine: dict[str, Any]) -> list[str]:
+    """Say so where the machine had other work when the measurement began."""
+    load = machine["load"]
+    if load is None or load[0] < 0.25 * machine["cores"]:
+        return []
+    return [
+        f"the machine had other work: a load of {load[0]:.1f} on {machine['cores']} cores. Threads wait for each other there."
+    ]
 
 
 def means(rows: list[dict[str, Any]], name: str) -> str:
