@@ -248,9 +248,15 @@ def test_what_is_not_finite_moves_no_statistics(name, bad):
 
 
 def test_a_block_of_other_sources_is_not_touched(monkeypatch):
-    monkeypatch.setattr(cpu, "build_number", lambda: 7)
-    case = Case("rows")
-    assert bool(case.ours(None)[0].isnan().all())
+    plain = cpu.arguments
+
+    def of_others(how):
+        given = plain(how)
+        given.build += 1
+        return given
+
+    monkeypatch.setattr(cpu, "arguments", of_others)
+    assert bool(Case("rows").ours(None)[0].isnan().all())
 
 
 # -- derivatives -------------------------------------------------------------------------------------------------------
@@ -346,11 +352,10 @@ def test_kernels_run_after_a_fork_and_beside_torchs_own_pool():
         torch.set_num_threads(2)
         torch.manual_seed(0)
         layer, x = BatchNorm1d(70), torch.randn(4000, 70)
-        pools = lambda: {line.split()[-1] for line in open("/proc/self/maps") if "omp" in line.split()[-1]}
+        pools = lambda: {line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line or "libomp" in line or "libiomp" in line}
         torch.randn(512, 512) @ torch.randn(512, 512)
         before = pools()
         expected = layer(x)
-        print(pools() - before)
         print("one pool", before == pools())
 
         class Normalized(Dataset):

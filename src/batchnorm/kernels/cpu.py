@@ -21,7 +21,7 @@ from batchnorm.kernels import planes, pool, rows
 from batchnorm.kernels.activations import CODES
 from batchnorm.kernels.arguments import Arguments, build_number
 
-__all__ = ["KINDS", "Arguments", "Plan", "backward", "compiled", "forward", "notes", "plan"]
+__all__ = ["KINDS", "Arguments", "Plan", "arguments", "backward", "compiled", "forward", "notes", "plan"]
 
 KINDS = {"float32": types.float32, "float64": types.float64, "bfloat16": types.uint16, "float16": types.int16}
 """The dtypes, and the type that Numba sees."""
@@ -64,6 +64,17 @@ def plan(layout: str, samples: int, channels: int, places: int, itemsize: int, m
     height = min(samples, max(16, BLOCK // (width * places * itemsize)))
     blocks = -(-samples // height)
     return Plan("rows", samples, channels, places, width, height, strips, blocks, min(threads, strips * blocks))
+
+
+@lru_cache(maxsize=4096)
+def _template(how: Plan) -> bytes:
+    sizes = {name: v for name, v in how._asdict().items() if name not in ("layout", "threads")}
+    return bytes(Arguments(build=build_number(), **sizes))
+
+
+def arguments(how: Plan) -> Arguments:
+    """Return a block of arguments with the sizes filled in, all else being 0."""
+    return Arguments.from_buffer_copy(_template(how))
 
 
 Key = tuple[str, str, str, str | None, int]
@@ -131,5 +142,5 @@ def backward(how: Plan, kind: str, activation: str | None, adds: int, given: Arg
 def _run(parts: list[str], how: Plan, kind: str, activation: str | None, adds: int, given: Arguments) -> None:
     for part in parts:
         key = (how.layout, part, kind, None, 0) if part == "measure" else (how.layout, part, kind, activation, adds)
-        given.build, given.next, given.done = build_number(), 0, 0
+        given.next = given.done = 0
         pool.run(compiled(*key), given, how.threads)
