@@ -171,6 +171,7 @@ STANDARD = {
     "ShapeError": ValueError,
     "DataError": ValueError,
     "DistributedError": RuntimeError,
+    "FusionError": RuntimeError,
     "OutputError": OSError,
     "NonFiniteError": ArithmeticError,
     "NotInvertibleError": ArithmeticError,

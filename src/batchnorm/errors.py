@@ -6,11 +6,13 @@ __all__ = [
     "ChannelError",
     "DataError",
     "DistributedError",
+    "FusionError",
     "MissingDependencyError",
     "NonFiniteError",
     "NotInvertibleError",
     "OptionError",
     "OutputError",
+    "RecomputeError",
     "ShapeError",
     "TransformError",
     "VerificationError",
@@ -75,8 +77,16 @@ class WorkerError(BatchNormError, RuntimeError):
     """A worker process died before its run was finished."""
 
 
+class FusionError(BatchNormError, RuntimeError):
+    """The output of a layer that is fused with what follows it was used in a way that fusing can't be right for."""
+
+
 class KernelError(BatchNormError, RuntimeError):
     """An implementation was asked for that can't do what is needed, on this machine or with this input."""
+
+
+class RecomputeError(BatchNormError, RuntimeError):
+    """Something that a backward needs was changed in place since the forward (a ``RuntimeError``, as in torch)."""
 
 
 class VerificationError(BatchNormError, RuntimeError):

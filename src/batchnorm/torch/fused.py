@@ -12,6 +12,7 @@ from torch import Tensor
 
 from batchnorm.torch.choice import is_eager
 from batchnorm.torch.derivatives import again, as_parameter, at_once
+from batchnorm.torch.recompute import active
 from batchnorm.torch.rows import full, in_rows, memory_format
 
 __all__ = ["FEW", "Found", "Step", "forward", "gradients", "is_gated", "normalize"]
@@ -71,6 +72,10 @@ def normalize(
     found: list[Found] = []
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, weight, bias, residual)):
         y: Tensor = _Fused.apply(x, weight, bias, residual, step, found)  # type: ignore[no-untyped-call]
+        memory = active()
+        if memory is not None and residual is None:
+            again = step._replace(fixed=(found[0].mean, found[0].rstd), running=None)
+            memory.remember(y, (x, weight, bias), lambda x, weight, bias: forward(x, weight, bias, None, again, []))
     else:
         y = forward(x, weight, bias, residual, step, found)
     return y, found[0]

@@ -10,6 +10,7 @@ from batchnorm.functional import Renorm, batch_norm_example_inference, ghost_bat
 from batchnorm.moments import Moments
 from batchnorm.torch import ops
 from batchnorm.torch.across import normalize_across, share
+from batchnorm.torch.deferred import defer
 from batchnorm.torch.naming import describe
 from batchnorm.torch.options import Options
 from batchnorm.torch.tracking import Tracking
@@ -28,6 +29,8 @@ class BatchNorm(Tracking):
     # nothing is switched on: one kernel call does everything
     _plain: bool = True
     _ranks: tuple[int, ...] = ()
+    # what the layer is fused with, at the places where it is called
+    _followers: tuple[tuple[str, ...], ...] = ()
 
     def __init__(
         self,
@@ -66,6 +69,7 @@ class BatchNorm(Tracking):
     def extra_repr(self) -> str:
         """Add the options that are switched on to torch's own description."""
         parts = [super().extra_repr(), *(f"{name}={value!r}" for name, value in self.options.changed().items())]
+        parts += [f"fused with {' or '.join(map(', '.join, self._followers))}"] if self._followers else []
         return ", ".join([*parts, *(["frozen_statistics=True"] if self.frozen_statistics else [])])
 
     def reset_running_stats(self) -> None:
@@ -106,6 +110,9 @@ class BatchNorm(Tracking):
             leaf: Tensor = self._leaf_of(x, mask=mask, sample_weight=sample_weight, residual=residual, lengths=lengths)
             return leaf
         if mask is None and sample_weight is None and lengths is None:
+            later = defer(self, x) if self._followers and residual is None else None
+            if later is not None:
+                return later
             return self.normalize(x, residual, self.options.activation)
         return self._normalize_with(x, residual, self.options.activation, mask, sample_weight, lengths)
 

@@ -31,30 +31,15 @@ _STATE = (
     "_seen_again",
     "_agreement",
     "_plain",
+    "_followers",
 )
 
 
 def convert(model: nn.Module, **options: Any) -> nn.Module:
-    """Make every ``torch.nn.BatchNorm`` layer of a model one of ours, in place.
-
-    The modules stay the same objects: parents that share one, hooks, devices, dtypes, training flags, parameters and the
-    optimizers that hold them are untouched, and the ``state_dict`` keeps its keys. Layers that are ours already get the
-    options too. A subclass with a ``forward`` of its own is left as it is, with a warning.
-
-    Args:
-        model: any module, also a single layer.
-        options: given to every layer, as in `BatchNorm1d`.
-
-    Returns:
-        The model itself.
+    """Make every ``torch.nn.BatchNorm`` layer of a model one of ours, in place, as `batchnorm.torch.convert` does.
 
     Raises:
         OptionError: an option that a layer can't have; then no layer was changed.
-
-    Example:
-        >>> from torch import nn
-        >>> convert(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), on_single="skip")[1]
-        BatchNorm1d(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True, on_single='skip')
     """
     found: list[tuple[str, Any]] = [
         (name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)
@@ -72,7 +57,8 @@ def convert(model: nn.Module, **options: Any) -> nn.Module:
                 f"layer {name or 'itself'!r} is a {type(module).__name__}, with a forward of its own: it was left as it is"
                 + (" (sync or unsync makes it ours)" if type(module) is nn.SyncBatchNorm else ""),
                 BatchNormWarning,
-                stacklevel=2,
+                # of whoever calls a verb
+                stacklevel=3,
             )
     return model
 
