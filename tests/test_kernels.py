@@ -11,14 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracle import assert_near
 
 from batchnorm.errors import KernelError, OptionError
-from batchnorm.functional import batch_norm_backward, batch_norm_inference, batch_norm_inference_backward, batch_norm_train
+from batchnorm.functional import (
+    batch_norm_backward,
+    batch_norm_inference,
+    batch_norm_inference_backward,
+    batch_norm_train,
+)
 from batchnorm.kernels import cpu, pool
 from batchnorm.torch import BatchNorm1d, BatchNorm2d, explain, force, fused
 from batchnorm.torch.fused import Step
 from batchnorm.torch.options import ACTIVATIONS
+from oracle import assert_near
 
 # what the kernels tell apart: planes, small planes, rows of one block, of several, of several strips
 SHAPES = {
@@ -137,7 +142,7 @@ def test_a_slope_is_told_from_the_output_where_a_residual_was_added(activation):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("activation", [a for a in ACTIVATIONS])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_activations_are_right_far_out_and_at_their_corners(activation, dtype):
     corners = [0.0, -0.0, 3.0, -3.0, 6.0, 1e-6, -1e-6, 0.3, -0.3, 20.0, -20.0, 89.0, -89.0, 200.0, -200.0, 1e30, -1e30]
     z = torch.cat((torch.tensor(corners, dtype=torch.float64), torch.linspace(-12, 12, 4001, dtype=torch.float64)))
@@ -156,7 +161,9 @@ def test_activations_are_right_far_out_and_at_their_corners(activation, dtype):
         (slope, wide.grad, narrow.grad),
     ):
         for where in (inner, ~inner):
-            assert_near(got.detach()[where].numpy(), want.detach()[where].numpy(), peer=peer.detach()[where].numpy(), ulps=4)
+            assert_near(
+                got.detach()[where].numpy(), want.detach()[where].numpy(), peer=peer.detach()[where].numpy(), ulps=4
+            )
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -244,7 +251,8 @@ def test_what_is_not_finite_moves_no_statistics(name, bad):
     running = torch.zeros(case.shape[1]), torch.ones(case.shape[1])
     *_, found = case.ours(None, running=running, momentum=0.1)
     assert not found.finite
-    assert float(running[0].abs().sum()) == 0 and float((running[1] - 1).abs().sum()) == 0
+    assert float(running[0].abs().sum()) == 0
+    assert float((running[1] - 1).abs().sum()) == 0
 
 
 def test_a_block_of_other_sources_is_not_touched(monkeypatch):
@@ -352,7 +360,9 @@ def test_kernels_run_after_a_fork_and_beside_torchs_own_pool():
         torch.set_num_threads(2)
         torch.manual_seed(0)
         layer, x = BatchNorm1d(70), torch.randn(4000, 70)
-        pools = lambda: {line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line or "libomp" in line or "libiomp" in line}
+        names = "libgomp", "libomp", "libiomp"
+        maps = lambda: [line.split()[-1] for line in open("/proc/self/maps")]
+        pools = lambda: {file for file in maps() if any(name in file for name in names)}
         torch.randn(512, 512) @ torch.randn(512, 512)
         before = pools()
         expected = layer(x)

@@ -1,7 +1,6 @@
 """Networks that are trained beside each other: how they are built, converted, stepped, and held to the same answers."""
 
 import copy
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
@@ -56,8 +55,7 @@ def batch_of(samples: int, side: int, dtype: torch.dtype = torch.float32) -> Bat
 
 def fused(model: nn.Module, x: Tensor) -> nn.Module:
     """Convert a copy of a network, with its activations where `convert` can do that."""
-    options = {"fuse": True, "example": x} if "fuse" in inspect.signature(convert).parameters else {}
-    return convert(copy.deepcopy(model), **options)
+    return convert(copy.deepcopy(model), fuse=True, example=x)
 
 
 def trainer(model: nn.Module, batch: Batch, context: Context = nullcontext) -> Callable[[], None]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from numba import cfunc, types
 
-from batchnorm.kernels import planes, pool, rows
+from batchnorm.kernels import planes, pool, row_gradients, rows
 from batchnorm.kernels.activations import CODES
 from batchnorm.kernels.arguments import Arguments, build_number
 
@@ -77,6 +77,14 @@ def arguments(how: Plan) -> Arguments:
     return Arguments.from_buffer_copy(_template(how))
 
 
+_MAKERS: dict[tuple[str, str], Any] = {
+    ("planes", "forward"): planes.forward,
+    ("planes", "backward"): planes.backward,
+    ("rows", "measure"): rows.measure,
+    ("rows", "apply"): rows.apply,
+    ("rows", "sums"): row_gradients.sums,
+    ("rows", "derive"): row_gradients.derive,
+}
 Key = tuple[str, str, str, str | None, int]
 _addresses: dict[Key, int] = {}
 _alive: list[Any] = []
@@ -90,10 +98,10 @@ def compiled(layout: str, part: str, kind: str, activation: str | None, adds: in
 
 
 def _compile(key: Key) -> int:
-    layout, part, kind, activation, adds = key
+    layout, part, kind, *_ = key
     with _compiling:
         if key not in _addresses:
-            make = getattr({"planes": planes, "rows": rows}[layout], part)
+            make = _MAKERS[layout, part]
             kernel = _loaded(make(*_frozen(key)), KINDS[kind])
             _alive.append(kernel)
             _addresses[key] = kernel.address
@@ -126,16 +134,15 @@ def notes() -> tuple[str, ...]:
 
 def forward(how: Plan, kind: str, activation: str | None, adds: bool, given: Arguments) -> None:
     """Run the kernels of ``y``; what they find is where the arguments point."""
-    if how.layout == "planes":
-        parts = ["forward"]
-    else:
-        parts = ["apply"] if given.fixed else ["measure", "apply"]
+    of_rows = ["apply"] if given.fixed else ["measure", "apply"]
+    parts = ["forward"] if how.layout == "planes" else of_rows
     _run(parts, how, kind, activation, int(adds), given)
 
 
 def backward(how: Plan, kind: str, activation: str | None, adds: int, given: Arguments) -> None:
     """Run the kernels of the gradients; ``adds`` is 1 where ``residual`` was added, 2 where the output stands in its place."""
-    parts = ["backward"] if how.layout == "planes" else ["sums", "derive"] if given.derive else ["sums"]
+    of_rows = ["sums", "derive"] if given.derive else ["sums"]
+    parts = ["backward"] if how.layout == "planes" else of_rows
     _run(parts, how, kind, activation, adds, given)
 
 

@@ -42,7 +42,7 @@ def gain(p: Any, channel: int) -> float:
 
 @njit(error_model="numpy")
 def affine_of(p: Any, zero: Any, channel: int) -> Any:
-    """Return mean, scale and shift of ``(x - mean) · scale + shift``, in the type of ``zero``; the shift makes the mean exact."""
+    """Return mean, scale and shift of ``(x - mean) · scale + shift`` in the type of ``zero``; the shift mends the mean."""
     exact = reals(p, MEAN)[channel]
     mean = like(zero, exact)
     scale = gain(p, channel) * reals(p, RSTD)[channel]

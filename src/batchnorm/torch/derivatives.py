@@ -67,11 +67,7 @@ def at_once(ctx: Any, dy: Tensor, x: Tensor, weight: Any, bias: Any, beside: Ten
     gain = rstd if weight is None else rstd * over_channels(weight.double(), x)
     x_hat, d = (x.double() - mean) * rstd, dy.double()
     if step.activation is not None:
-        z = beside if ctx.gated else x_hat * gain / rstd
-        if not ctx.gated:
-            z = z if bias is None else z + over_channels(bias.double(), x)
-            z = z if beside is None else z + beside
-        d = d * _slope(step.activation, z).double()
+        d = d * _slope(step.activation, beside if ctx.gated else _sum(x_hat * (gain / rstd), bias, beside)).double()
     plain, hatted = d.sum(axes), (d * x_hat).sum(axes)
     dx = d
     if step.fixed is None:
@@ -79,6 +75,11 @@ def at_once(ctx: Any, dy: Tensor, x: Tensor, weight: Any, bias: Any, beside: Ten
         dx = d - (over_channels(plain, x) + x_hat * over_channels(hatted, x)) / count
     dx = (dx * gain).to(x.dtype)
     return dx, as_parameter(hatted, weight), as_parameter(plain, bias), d.to(x.dtype) if ctx.adds else None
+
+
+def _sum(z: Tensor, bias: Tensor | None, beside: Tensor | None) -> Tensor:
+    z = z if bias is None else z + over_channels(bias.double(), z)
+    return z if beside is None else z + beside
 
 
 def as_parameter(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
