@@ -84,6 +84,20 @@ def _evaluate_on_the_first(rank):
     return _statistics(model)["1.num_batches_tracked"]
 
 
+def _recompute(rank):
+    """Return the gradients of a step whose outputs are rebuilt in the backward, and of one where they are saved."""
+    found = []
+    for enabled in (True, False):
+        torch.manual_seed(7)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), bn.BatchNorm2d(8, activation="relu"), nn.Conv2d(8, 4, 3))
+        parallel = DistributedDataParallel(bn.recompute(model, enabled=enabled))
+        torch.manual_seed(rank)
+        y = parallel(torch.randn(4, 3, 20, 20))
+        y.backward(torch.randn_like(y))
+        found.append([p.grad.tolist() for p in model.parameters()])
+    return found
+
+
 def _fail_on_the_second(rank):
     """Fail on purpose on rank 1, after both have met."""
     distributed.barrier()
@@ -101,6 +115,7 @@ JOBS = {
     "frozen": (_train, "ours", {}, True, 2),
     "accumulated": (_accumulate,),
     "an evaluation on the first": (_evaluate_on_the_first,),
+    "recomputed": (_recompute,),
     "a failure": (_fail_on_the_second,),
 }
 
@@ -166,3 +181,8 @@ def test_accumulated_micro_batches_count_once_on_every_rank(answers):
 
 def test_an_evaluation_on_one_rank_talks_to_no_other(answers):
     assert answers("an evaluation on the first") == [1, 1]
+
+
+def test_gradients_are_the_same_where_outputs_are_rebuilt(answers):
+    (rebuilt, saved), second = answers("recomputed")
+    assert rebuilt == saved == second[0] == second[1]

@@ -12,6 +12,7 @@ __all__ = [
     "NotInvertibleError",
     "OptionError",
     "OutputError",
+    "KernelError",
     "RecomputeError",
     "ShapeError",
     "TransformError",

@@ -222,7 +222,7 @@ class Memory:
         return y.as_strided(saved.shape, saved.stride, saved.offset)
 
     def _find(self, t: Tensor) -> tuple[_Output, tuple[_Kept | None, ...]] | None:
-        if type(t) is not Tensor or t.layout is not torch.strided:
+        if type(t) is not Tensor or not t.is_cpu or t.layout is not torch.strided:
             return None
         found = self.outputs.get(t.untyped_storage())
         if found is None or not found[0].is_same(t):
