@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from batchnorm import torch as bn
 from batchnorm.bench.zoo import open_torchvision
 from batchnorm.errors import BatchNormWarning, FusionError, OptionError, ShapeError
+from batchnorm.torch import deferred
 from batchnorm.torch.deferred import Deferred
 from batchnorm.torch.layers import BatchNorm
 from oracle import assert_near
@@ -33,6 +34,11 @@ class Site(nn.Module):
 
     def forward(self, x, r):
         return self.program(self, self.norm(x * 2), r * 3)
+
+
+@pytest.fixture(autouse=True)
+def _small_outputs_too(monkeypatch):
+    monkeypatch.setattr(deferred, "FEW", 0)
 
 
 @pytest.fixture
@@ -789,6 +795,15 @@ def test_a_hook_that_comes_later_is_called_with_the_output():
         model.norm.register_forward_hook(lambda module, args, y: seen.append(y) or y * 2)
     assert_same(step(fused, inputs()), step(plain, inputs()))
     assert [type(y) for y in seen] == [torch.Tensor] * 4
+
+
+def test_a_small_output_is_computed_at_once(monkeypatch):
+    monkeypatch.setattr(deferred, "FEW", 120)
+    norm = switched(lambda m, y, r: y)[1].norm
+    x = inputs()[0]
+    assert x.numel() == 120
+    assert type(norm(x)) is Deferred
+    assert type(norm(x[:3])) is torch.Tensor
 
 
 # --- beside other things ----------------------------------------------------------------------------------------------
