@@ -302,6 +302,24 @@ def test_a_sum_that_is_seen_is_fused_without_what_follows_it(computed):
         assert_same(step(fused, given), step(plain, given))
 
 
+def test_a_layer_whose_input_is_written_to_is_not_fused():
+    class Written(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x, r):
+            x = x * 2
+            y = self.norm(x)
+            x += r
+            return F.relu(y)
+
+    plain, fused = both(Written, inputs())
+    assert marks(fused) == {"norm": ()}
+    with torch.no_grad():
+        assert_same([fused(*inputs())], [plain(*inputs())])
+
+
 def test_of_two_layers_that_are_added_the_left_one_is_fused(computed):
     class Two(nn.Module):
         def __init__(self):
@@ -648,6 +666,8 @@ OTHER_WAYS = [
     lambda m, y, r: (y.mul_(2), y + y.relu())[1],
     lambda m, y, r: (y.relu_(), y + 1)[1],
     lambda m, y, r: y.clone().relu() + y.relu(),
+    lambda m, y, r: F.relu(y + r + r * 2),
+    lambda m, y, r: F.relu(iadd(iadd(y, r), r * 2)),
     lambda m, y, r: (y.add_(r), y.mul_(3), y.relu())[2],
     lambda m, y, r: (y + r).relu() * (y - r),
     lambda m, y, r: y[1:2].relu() + y.view(-1)[0],
