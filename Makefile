@@ -60,7 +60,10 @@ zoo: $(VENV)/.zoo  ## fold other people's models by the dozen (slow)
 bench: $(VENV)/.zoo  ## the measured figures of README and docs, in benchmarks/
 	$(BIN)/batchnorm bench compare --out benchmarks
 	$(BIN)/batchnorm bench effects --out benchmarks
-	$(BIN)/batchnorm bench layers --out benchmarks
+	$(BIN)/batchnorm bench op --out benchmarks
+	$(BIN)/batchnorm bench layer --out benchmarks
+	$(BIN)/batchnorm bench network --out benchmarks
+	$(BIN)/batchnorm bench memory --out benchmarks
 	$(BIN)/batchnorm bench fold --out benchmarks
 	$(BIN)/batchnorm bench recalibrate --out benchmarks
 	$(BIN)/batchnorm bench check --out benchmarks

@@ -19,9 +19,10 @@ from batchnorm.bench import fold as bench
 from batchnorm.bench import judging
 from batchnorm.bench.adversarial import adversaries
 from batchnorm.bench.adversarial_onnx import GRAPHS, inputs_of
-from batchnorm.bench.fold import FoldBench, interval
+from batchnorm.bench.fold import FoldBench
 from batchnorm.bench.judging import distance, judge, judge_graph, normalizations
 from batchnorm.bench.peers import FILE_TOOLS, MODULE_TOOLS, PACKAGES, Refitted
+from batchnorm.bench.ratios import interval
 from batchnorm.bench.zoo import TIMM, TORCHVISION, Member, norms_of, randomized
 from batchnorm.bench.zoo_transformers import transformers_zoo
 from batchnorm.errors import MissingDependencyError, OptionError, VerificationError

@@ -28,7 +28,10 @@ _BENCHES = {
     "recalibrate": "recalibration beside other tools, its cost, and what it gives back",
     "observe": "what observing costs: a pass over data, and a training with a monitor",
     "sync": "synchronized layers: exactness and cost on processes of this machine",
-    "layers": "speed and exactness of the layers beside PyTorch's own",
+    "op": "batch normalization and ReLU beside torch, torch.compile, JAX and the copies that are the floor",
+    "layer": "speed and exactness of a layer beside PyTorch's own, in training and evaluation, tiny and large",
+    "network": "training steps of whole networks with PyTorch's layers and with ours",
+    "memory": "what a training step keeps for its backward, with and without recomputing",
     "keras": "Keras's layer and ours on every backend, exactness and time of a training; keras.applications through the verbs",
     "check": "what check finds of planted faults, what it says of healthy models, causes of a gap, and its cost",
 }

@@ -12,6 +12,7 @@ __all__ = [
     "NotInvertibleError",
     "OptionError",
     "OutputError",
+    "RecomputeError",
     "ShapeError",
     "TransformError",
     "VerificationError",
@@ -82,6 +83,10 @@ class FusionError(BatchNormError, RuntimeError):
 
 class KernelError(BatchNormError, RuntimeError):
     """An implementation was asked for that can't do what is needed, on this machine or with this input."""
+
+
+class RecomputeError(BatchNormError, RuntimeError):
+    """Something that a backward needs was changed in place since the forward (a ``RuntimeError``, as in torch)."""
 
 
 class VerificationError(BatchNormError, RuntimeError):

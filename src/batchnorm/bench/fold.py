@@ -14,7 +14,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from scipy.stats import binom
 from torch import nn
 
 import batchnorm
@@ -23,13 +22,14 @@ from batchnorm.bench.adversarial_onnx import GRAPHS, inputs_of
 from batchnorm.bench.judging import judge, judge_graph
 from batchnorm.bench.machine import describe, keep
 from batchnorm.bench.peers import FILE_TOOLS, MODULE_TOOLS, PACKAGES
+from batchnorm.bench.ratios import interval
 from batchnorm.bench.zoo import Member, timm_zoo, torchvision_zoo
 from batchnorm.bench.zoo_transformers import transformers_zoo
-from batchnorm.errors import MissingDependencyError, OptionError, VerificationError
+from batchnorm.errors import MissingDependencyError, OptionError
 from batchnorm.lab.train import one_thread
 from batchnorm.tables import table
 
-__all__ = ["FoldBench", "interval", "run"]
+__all__ = ["FoldBench", "run"]
 
 ZOOS: dict[str, Callable[[], list[Member]]] = {
     "torchvision": torchvision_zoo,
@@ -228,21 +228,6 @@ def _seconds(work: Callable[[], Any]) -> float:
             return time.perf_counter() - started
     finally:
         gc.enable()
-
-
-def interval(values: list[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Return an interval for the median that holds for every distribution: two of the values themselves.
-
-    Example:
-        >>> interval([float(i) for i in range(100)])
-        (39.0, 60.0)
-    """
-    ordered = sorted(values)
-    if not ordered:
-        raise VerificationError("an interval must have values, got none: measure at least one pair")
-    low = int(binom.ppf((1 - confidence) / 2, len(ordered), 0.5))
-    low = max(0, low - 1)
-    return ordered[low], ordered[len(ordered) - 1 - low]
 
 
 # -- tables --------------------------------------------------------------------------------------------------------

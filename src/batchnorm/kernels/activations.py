@@ -26,8 +26,8 @@ CODES: dict[str | None, int] = {
 }
 LEAK = 0.01
 ROOT_HALF, DENSITY_AT_0 = math.sqrt(0.5), 1 / math.sqrt(2 * math.pi)
-# beyond, float32 ends
-EXP_MIN, EXP_MAX = -87.0, 88.0
+# below, float32 ends; above is infinity
+EXP_MIN, EXP_MAX = -87.0, 89.0
 # n · LN2_HIGH is exact for every n that occurs
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
 
@@ -36,7 +36,7 @@ def _exp(z: Any) -> Any:
     return math.exp(z)
 
 
-@overload(_exp, jit_options={"forceinline": True})
+@overload(_exp, jit_options={"forceinline": True, "error_model": "numpy"})
 def _exp_of(z: Any) -> Any:
     def wide(z: Any) -> Any:
         return math.exp(z)
@@ -65,7 +65,7 @@ def _erf(z: Any) -> Any:
     return math.erf(z)
 
 
-@overload(_erf, jit_options={"forceinline": True})
+@overload(_erf, jit_options={"forceinline": True, "error_model": "numpy"})
 def _erf_of(z: Any) -> Any:
     def wide(z: Any) -> Any:
         return math.erf(z)
@@ -96,7 +96,7 @@ def _tanh(z: Any) -> Any:
     return math.tanh(z)
 
 
-@overload(_tanh, jit_options={"forceinline": True})
+@overload(_tanh, jit_options={"forceinline": True, "error_model": "numpy"})
 def _tanh_of(z: Any) -> Any:
     def wide(z: Any) -> Any:
         return math.tanh(z)
@@ -116,12 +116,12 @@ def _tanh_of(z: Any) -> Any:
     return wide if z == types.float64 else narrow
 
 
-@njit(forceinline=True)
+@njit(forceinline=True, error_model="numpy")
 def _sigmoid(z: Any) -> Any:
     return like(z, 1) / (like(z, 1) + _exp(-z))
 
 
-@njit(forceinline=True)
+@njit(forceinline=True, error_model="numpy")
 def activate(code: int, z: Any) -> Any:
     """Return the activation of ``z``; NaN stays NaN."""
     if code == 1:
@@ -148,7 +148,7 @@ def activate(code: int, z: Any) -> Any:
     return z
 
 
-@njit(forceinline=True)
+@njit(forceinline=True, error_model="numpy")
 def slope_by_output(code: int, y: Any) -> Any:
     """Return the slope where an activation has given ``y``, for those that tell it; it is also the slope at ``y``."""
     if code == 1:
@@ -161,7 +161,7 @@ def slope_by_output(code: int, y: Any) -> Any:
     return like(y, 1)
 
 
-@njit(forceinline=True)
+@njit(forceinline=True, error_model="numpy")
 def slope(code: int, z: Any) -> Any:
     """Return the slope of the activation at ``z``."""
     if code == 4:

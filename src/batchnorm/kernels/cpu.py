@@ -17,18 +17,20 @@ from typing import Any, NamedTuple
 
 from numba import cfunc, types
 
-from batchnorm.kernels import planes, pool, rows
+from batchnorm.kernels import planes, pool, row_gradients, rows
 from batchnorm.kernels.activations import CODES
 from batchnorm.kernels.arguments import Arguments, build_number
 
-__all__ = ["KINDS", "Arguments", "Plan", "backward", "compiled", "forward", "notes", "plan"]
+__all__ = ["KINDS", "Arguments", "Plan", "arguments", "backward", "compiled", "forward", "notes", "plan"]
 
 KINDS = {"float32": types.float32, "float64": types.float64, "bfloat16": types.uint16, "float16": types.int16}
 """The dtypes, and the type that Numba sees."""
 # bytes of a block of rows
 BLOCK = 1 << 18
-# channels of a strip, at most
+# columns of a strip, at most
 WIDEST = 4096
+# places up to which planes are treated as rows
+SMALL_PLANE = 36
 # values that are worth a thread
 GRAIN = 1 << 15
 
@@ -55,15 +57,34 @@ class Plan(NamedTuple):
 def plan(layout: str, samples: int, channels: int, places: int, itemsize: int, most: int) -> Plan:
     """Divide a batch: ``"planes"`` of ``(N, C, places)``, or ``samples`` ``"rows"`` of ``C`` channels."""
     threads = max(1, min(most, samples * channels * places // GRAIN))
-    if layout == "planes":
+    if layout == "planes" and places > SMALL_PLANE:
         return Plan(layout, samples, channels, places, 0, 0, 0, 0, min(threads, channels))
-    width = min(channels, WIDEST)
+    width = min(channels, max(1, WIDEST // places))
     strips = -(-channels // width)
-    height = min(samples, max(16, BLOCK // (width * itemsize)))
+    height = min(samples, max(16, BLOCK // (width * places * itemsize)))
     blocks = -(-samples // height)
-    return Plan(layout, samples, channels, 1, width, height, strips, blocks, min(threads, strips * blocks))
+    return Plan("rows", samples, channels, places, width, height, strips, blocks, min(threads, strips * blocks))
 
 
+@lru_cache(maxsize=4096)
+def _template(how: Plan) -> bytes:
+    sizes = {name: v for name, v in how._asdict().items() if name not in ("layout", "threads")}
+    return bytes(Arguments(build=build_number(), **sizes))
+
+
+def arguments(how: Plan) -> Arguments:
+    """Return a block of arguments with the sizes filled in, all else being 0."""
+    return Arguments.from_buffer_copy(_template(how))
+
+
+_MAKERS: dict[tuple[str, str], Any] = {
+    ("planes", "forward"): planes.forward,
+    ("planes", "backward"): planes.backward,
+    ("rows", "measure"): rows.measure,
+    ("rows", "apply"): rows.apply,
+    ("rows", "sums"): row_gradients.sums,
+    ("rows", "derive"): row_gradients.derive,
+}
 Key = tuple[str, str, str, str | None, int]
 _addresses: dict[Key, int] = {}
 _alive: list[Any] = []
@@ -77,10 +98,10 @@ def compiled(layout: str, part: str, kind: str, activation: str | None, adds: in
 
 
 def _compile(key: Key) -> int:
-    layout, part, kind, activation, adds = key
+    layout, part, kind, *_ = key
     with _compiling:
         if key not in _addresses:
-            make = getattr({"planes": planes, "rows": rows}[layout], part)
+            make = _MAKERS[layout, part]
             kernel = _loaded(make(*_frozen(key)), KINDS[kind])
             _alive.append(kernel)
             _addresses[key] = kernel.address
@@ -95,12 +116,12 @@ def _frozen(key: Key) -> tuple[int, ...]:
 def _loaded(body: Any, element: Any) -> Any:
     signature, started = types.void(types.CPointer(element)), time.perf_counter()
     try:
-        kernel = cfunc(signature, cache=True)(body)
+        kernel = cfunc(signature, cache=True, error_model="numpy")(body)
     except RuntimeError as error:
         if "cache" not in str(error):
             raise
         _notes.append(f"kernels are compiled again in every process: {error}")
-        kernel = cfunc(signature)(body)
+        kernel = cfunc(signature, error_model="numpy")(body)
     if kernel.cache_hits == 0:
         _log.info("compiled a kernel in %.1f s, which later processes load", time.perf_counter() - started)
     return kernel
@@ -113,21 +134,20 @@ def notes() -> tuple[str, ...]:
 
 def forward(how: Plan, kind: str, activation: str | None, adds: bool, given: Arguments) -> None:
     """Run the kernels of ``y``; what they find is where the arguments point."""
-    if how.layout == "planes":
-        parts = ["forward"]
-    else:
-        parts = ["apply"] if given.fixed else ["measure", "apply"]
+    of_rows = ["apply"] if given.fixed else ["measure", "apply"]
+    parts = ["forward"] if how.layout == "planes" else of_rows
     _run(parts, how, kind, activation, int(adds), given)
 
 
 def backward(how: Plan, kind: str, activation: str | None, adds: int, given: Arguments) -> None:
     """Run the kernels of the gradients; ``adds`` is 1 where ``residual`` was added, 2 where the output stands in its place."""
-    parts = ["backward"] if how.layout == "planes" else ["sums", "derive"] if given.derive else ["sums"]
+    of_rows = ["sums", "derive"] if given.derive else ["sums"]
+    parts = ["backward"] if how.layout == "planes" else of_rows
     _run(parts, how, kind, activation, adds, given)
 
 
 def _run(parts: list[str], how: Plan, kind: str, activation: str | None, adds: int, given: Arguments) -> None:
     for part in parts:
         key = (how.layout, part, kind, None, 0) if part == "measure" else (how.layout, part, kind, activation, adds)
-        given.build, given.next, given.done = build_number(), 0, 0
+        given.next = given.done = 0
         pool.run(compiled(*key), given, how.threads)

@@ -33,13 +33,13 @@ FAR = 4.0
 SUMS = {"reassoc", "contract", "nsz"}
 
 
-@njit(forceinline=True)
+@njit(forceinline=True, error_model="numpy")
 def centred(x: Any, index: int, mean: Any) -> Any:
     """Return an element's distance from a mean, which must not be reordered: the distance is small, both are not."""
     return get(x, index) - mean
 
 
-@njit(fastmath=SUMS)
+@njit(fastmath=SUMS, error_model="numpy")
 def distances(x: Any, start: int, stop: int, mean: Any) -> Any:
     """Return the sums of the distances from a mean and of their squares, over elements that lie side by side."""
     total, squares = 0.0, 0.0
@@ -56,7 +56,7 @@ def distances(x: Any, start: int, stop: int, mean: Any) -> Any:
     return total, squares
 
 
-@njit
+@njit(error_model="numpy")
 def around(x: Any, samples: int, stride: int, first: int, places: int, mean: Any) -> Any:
     """Return the rest of a channel's mean, and its m2."""
     total, squares = 0.0, 0.0
@@ -69,7 +69,7 @@ def around(x: Any, samples: int, stride: int, first: int, places: int, mean: Any
     return rest, (0.0 if m2 < 0.0 else m2)
 
 
-@njit
+@njit(error_model="numpy")
 def measure(x: Any, samples: int, stride: int, first: int, places: int) -> Any:
     """Return mean and m2 of a channel."""
     zero = like(get(x, first), 0)
@@ -117,7 +117,7 @@ def forward(build: int, act: int, adds: int) -> Any:
     return kernel
 
 
-@njit(forceinline=True)
+@njit(forceinline=True, error_model="numpy")
 def gradient(act: int, adds: int, x: Any, dy: Any, residual: Any, i: int, t: Any, scale: Any, shift: Any) -> Any:
     """Return the gradient before the activation."""
     if act == 0:
@@ -130,7 +130,7 @@ def gradient(act: int, adds: int, x: Any, dy: Any, residual: Any, i: int, t: Any
     return get(dy, i) * slope(act, z)
 
 
-@njit(forceinline=True, fastmath=SUMS)
+@njit(forceinline=True, fastmath=SUMS, error_model="numpy")
 def gradient_sums(act: int, adds: int, x: Any, dy: Any, residual: Any, start: int, stop: int, affine: Any) -> Any:
     """Return the sums of d and of d · (x - mean), over elements that lie side by side."""
     centre, scale, shift = affine

@@ -9,14 +9,17 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
+from numba.np.arrayobj import make_array
 
 __all__ = [
+    "add_to",
     "add_to_slot",
     "coarse",
     "floor",
     "fused",
     "get",
     "like",
+    "of",
     "parameters",
     "pointer",
     "power_of_two",
@@ -27,6 +30,24 @@ __all__ = [
     "slot",
     "take",
 ]
+
+# What is read, what is written and what is added up never overlap: told to the compiler, which otherwise asks before each row.
+_WRITTEN, _SUMMED = "written", "summed"
+
+
+def _apart(builder: Any, instruction: Any, scope: str | None, *others: str) -> Any:
+    """Mark a load or a store as one of a scope that never overlaps others."""
+    module = builder.module
+
+    def scopes(names: tuple[str, ...]) -> Any:
+        domain = module.add_metadata(["batchnorm"])
+        return module.add_metadata([module.add_metadata([name, domain]) for name in names])
+
+    if scope is not None:
+        instruction.set_metadata("alias.scope", scopes((scope,)))
+    instruction.set_metadata("noalias", scopes(others))
+    return instruction
+
 
 _WORDS = types.CPointer(types.int64)
 _REALS = types.CPointer(types.float64)
@@ -189,7 +210,7 @@ def get(context: Any, p: Any, index: Any) -> Any:
     stored = p.dtype
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value = builder.load(builder.gep(args[0], [args[1]]))
+        value = _apart(builder, builder.load(builder.gep(args[0], [args[1]])), None, _WRITTEN, _SUMMED)
         if stored == types.uint16:
             return builder.bitcast(builder.shl(builder.zext(value, ir.IntType(32)), ir.IntType(32)(16)), ir.FloatType())
         if stored == types.int16:
@@ -210,10 +231,38 @@ def put(context: Any, p: Any, index: Any, value: Any) -> Any:
             value = _to_bfloat16(builder, value)
         elif stored == types.int16:
             value = builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
-        builder.store(value, place)
+        _apart(builder, builder.store(value, place), _WRITTEN, _SUMMED)
         return context.get_dummy_value()
 
     return types.void(p, types.int64, computed(stored)), build
+
+
+def _place(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
+    return builder.gep(make_array(kind)(context, builder, array).data, [index])
+
+
+@intrinsic
+def of(context: Any, array: Any, index: Any) -> Any:
+    """Return an element of a small array that is not written meanwhile."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        load = builder.load(_place(context, builder, array, *args))
+        return _apart(builder, load, None, _WRITTEN, _SUMMED)
+
+    return array.dtype(array, types.int64), build
+
+
+@intrinsic
+def add_to(context: Any, array: Any, index: Any, value: Any) -> Any:
+    """Add to an element of a small array of sums."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = _place(context, builder, array, *args[:2])
+        old = _apart(builder, builder.load(place), _SUMMED, _WRITTEN)
+        _apart(builder, builder.store(builder.fadd(old, args[2], flags=("reassoc",)), place), _SUMMED, _WRITTEN)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, array.dtype), build
 
 
 def _to_bfloat16(builder: Any, value: Any) -> Any:

@@ -26,7 +26,7 @@ from batchnorm.kernels.scalars import like, parameters, real, reals, set_slot, s
 __all__ = ["affine_of", "backward_affine", "keep", "move_running"]
 
 
-@njit
+@njit(error_model="numpy")
 def keep(p: Any, channel: int, count: int, mean: float, m2: float) -> None:
     """Write what was measured of a channel."""
     reals(p, MEAN)[channel] = mean
@@ -34,15 +34,15 @@ def keep(p: Any, channel: int, count: int, mean: float, m2: float) -> None:
     reals(p, RSTD)[channel] = 1 / math.sqrt(m2 / count + real(p, EPS))
 
 
-@njit
+@njit(error_model="numpy")
 def gain(p: Any, channel: int) -> float:
     """Return γ, in float64."""
     return 1.0 if slot(p, GAMMA) == 0 else float(parameters(p, GAMMA)[channel])
 
 
-@njit
+@njit(error_model="numpy")
 def affine_of(p: Any, zero: Any, channel: int) -> Any:
-    """Return mean, scale and shift of ``(x - mean) · scale + shift``, in the type of ``zero``; the shift makes the mean exact."""
+    """Return mean, scale and shift of ``(x - mean) · scale + shift`` in the type of ``zero``; the shift mends the mean."""
     exact = reals(p, MEAN)[channel]
     mean = like(zero, exact)
     scale = gain(p, channel) * reals(p, RSTD)[channel]
@@ -50,7 +50,7 @@ def affine_of(p: Any, zero: Any, channel: int) -> Any:
     return mean, like(zero, scale), like(zero, offset - (exact - mean) * scale)
 
 
-@njit
+@njit(error_model="numpy")
 def backward_affine(p: Any, zero: Any, channel: int, count: int, plain: float, distant: float) -> Any:
     """Return a, b, c of ``dx = a·d + b·(x - mean) + c`` from the sums of d and of d·(x - mean), and write dγ and dβ."""
     exact, rstd = reals(p, MEAN)[channel], reals(p, RSTD)[channel]
@@ -66,7 +66,7 @@ def backward_affine(p: Any, zero: Any, channel: int, count: int, plain: float, d
     return like(zero, a), like(zero, b), like(zero, -a * plain / count - b * rest)
 
 
-@njit
+@njit(error_model="numpy")
 def move_running(p: Any, count: int) -> None:
     """Move the running statistics by a step, if everything is finite and stays so; otherwise move nothing, and say so."""
     mean, m2, momentum = reals(p, MEAN), reals(p, M2), real(p, MOMENTUM)

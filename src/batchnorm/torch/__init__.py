@@ -14,6 +14,7 @@ from batchnorm.torch.layers import BatchNorm3d as BatchNorm3d
 from batchnorm.torch.monitoring import Monitor as Monitor
 from batchnorm.torch.options import RenormSchedule as RenormSchedule
 from batchnorm.torch.parameters import param_groups as param_groups
+from batchnorm.torch.recompute import recompute as recompute
 from batchnorm.torch.surgery import revert as revert
 from batchnorm.torch.synchronizing import sync as sync
 from batchnorm.torch.synchronizing import unsync as unsync

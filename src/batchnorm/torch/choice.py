@@ -72,6 +72,7 @@ def is_eager(x: Tensor) -> bool:
         and x.is_cpu
         and not torch.compiler.is_compiling()
         and peek_interpreter_stack() is None
+        and not torch._C._functorch.is_legacy_batchedtensor(x)
         and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
     )

@@ -10,14 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from batchnorm.functional import (
-    batch_norm_backward,
-    batch_norm_inference,
-    batch_norm_inference_backward,
-    batch_norm_train,
-)
 from batchnorm.torch.choice import is_eager
-from batchnorm.torch.options import ACTIVATIONS
+from batchnorm.torch.derivatives import again, as_parameter, at_once
+from batchnorm.torch.recompute import active
 from batchnorm.torch.rows import full, in_rows, memory_format
 
 __all__ = ["FEW", "Found", "Step", "forward", "gradients", "is_gated", "normalize"]
@@ -77,6 +72,10 @@ def normalize(
     found: list[Found] = []
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, weight, bias, residual)):
         y: Tensor = _Fused.apply(x, weight, bias, residual, step, found)  # type: ignore[no-untyped-call]
+        memory = active()
+        if memory is not None and residual is None:
+            again = step._replace(fixed=(found[0].mean, found[0].rstd), running=None)
+            memory.remember(y, (x, weight, bias), lambda x, weight, bias: forward(x, weight, bias, None, again, []))
     else:
         y = forward(x, weight, bias, residual, step, found)
     return y, found[0]
@@ -110,105 +109,72 @@ class _Fused(torch.autograd.Function):
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, step: Step, found: list[Found]
 ) -> Tensor:
-    cpu = kernels()
-    y, how = empty_like(x), plan_of(x)
-    channels = how.channels
-    weight, bias = full(weight, x), full(bias, x)
+    """Run the kernels, and append what they find."""
+    how, y = plan_of(x), empty_like(x)
+    given = arguments(how, step, x, weight, bias)
+    given.y, given.residual = y.data_ptr(), _address(residual)
     if step.fixed is None:
-        scratch = torch.empty(3 + 2 * how.blocks, channels, dtype=torch.float64)
-        mean, m2, rstd = scratch[:3]
+        mean, m2, rstd = torch.empty(3, how.channels, dtype=torch.float64).unbind()
     else:
-        scratch, (mean, rstd) = None, step.fixed
-        m2 = mean
-    given = cpu.Arguments(
-        x=x.data_ptr(), y=y.data_ptr(), residual=0 if residual is None else residual.data_ptr(),
-        samples=how.samples, channels=channels, places=how.places, width=how.width, height=how.height,
-        strips=how.strips, blocks=how.blocks, gamma=_address(weight), beta=_address(bias),
-        mean=mean.data_ptr(), m2=m2.data_ptr(), rstd=rstd.data_ptr(),
-        parts=0 if scratch is None else scratch.data_ptr() + 24 * channels,
-        fixed=scratch is None, eps=step.eps, momentum=step.momentum,
-    )  # fmt: skip
+        (mean, rstd), m2 = step.fixed, step.fixed[0]
+    given.mean, given.m2, given.rstd = mean.data_ptr(), m2.data_ptr(), rstd.data_ptr()
+    # kept until the kernels have run
+    parts = torch.empty(2 * how.blocks * how.channels, dtype=torch.float64)
+    given.parts = parts.data_ptr()
     if step.running is not None:
-        given.running_mean, given.running_var = (v.data_ptr() for v in step.running)
-    cpu.forward(how, KINDS[x.dtype], step.activation, residual is not None, given)
+        given.running_mean, given.running_var = step.running[0].data_ptr(), step.running[1].data_ptr()
+        given.momentum = step.momentum
+    kernels().forward(how, KINDS[x.dtype], step.activation, residual is not None, given)
     found.append(Found(mean, m2, rstd, bool(given.finite)))
     return y
 
 
 def gradients(ctx: Any, dy: Tensor, x: Tensor, weight: Any, bias: Any, beside: Tensor | None) -> tuple[Any, ...]:
-    step, found = ctx.step, ctx.found
-    if torch.is_grad_enabled() or not is_eager(dy):
-        return _derive_again(ctx, dy, x, weight, bias, beside)
-    cpu, how = kernels(), plan_of(x)
-    dy = dy.contiguous(memory_format=memory_format(x)) if in_rows(x) else dy.contiguous()
-    channels = how.channels
-    wide, wide_bias = full(weight, x), full(bias, x)
+    """Return the gradients of x, γ, β and the residual."""
+    if torch.is_grad_enabled():
+        return again(ctx, dy, x, weight, bias, beside)
+    if not is_eager(dy):
+        return at_once(ctx, dy, x, weight, bias, beside)
+    step, how = ctx.step, plan_of(x)
+    dy = dy if dy.stride() == x.stride() else dy.contiguous(memory_format=layout_of(x))
+    given = arguments(how, step, x, weight, bias)
+    given.mean, given.m2, given.rstd = (v.data_ptr() for v in ctx.found[:3])
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    dgamma, dbeta = torch.empty(channels, dtype=dtype), torch.empty(channels, dtype=dtype)
-    dx = empty_like(x) if ctx.needs_input_grad[0] or (ctx.adds and step.activation is not None) else None
-    dresidual = empty_like(x) if ctx.adds and ctx.needs_input_grad[3] and step.activation is not None else None
-    parts = torch.empty(2 * how.blocks + 3, channels, dtype=torch.float64)
-    given = cpu.Arguments(
-        x=x.data_ptr(), dy=dy.data_ptr(), dx=_address(dx), residual=_address(beside), dresidual=_address(dresidual),
-        samples=how.samples, channels=channels, places=how.places, width=how.width, height=how.height,
-        strips=how.strips, blocks=how.blocks, gamma=_address(wide), beta=_address(wide_bias),
-        mean=found.mean.data_ptr(), m2=found.m2.data_ptr(), rstd=found.rstd.data_ptr(),
-        dgamma=dgamma.data_ptr(), dbeta=dbeta.data_ptr(),
-        affine=parts.data_ptr(), parts=parts.data_ptr() + 24 * channels,
-        fixed=step.fixed is not None, derive=dx is not None, eps=step.eps,
-    )  # fmt: skip
+    dgamma, dbeta = torch.empty(how.channels, dtype=dtype), torch.empty(how.channels, dtype=dtype)
+    # with an activation, the gradient of what was added is another than dy
+    own = ctx.adds and step.activation is not None
+    dx = empty_like(x) if own or ctx.needs_input_grad[0] else None
+    dresidual = empty_like(x) if own else dy if ctx.adds else None
+    given.dy, given.dx, given.residual = dy.data_ptr(), _address(dx), _address(beside)
+    given.dresidual, given.derive = _address(dresidual) if own else 0, dx is not None
+    given.dgamma, given.dbeta = dgamma.data_ptr(), dbeta.data_ptr()
+    parts = torch.empty((2 * how.blocks + 3) * how.channels, dtype=torch.float64)
+    given.affine, given.parts = parts.data_ptr(), parts.data_ptr() + 24 * how.channels
     adds = 0 if beside is None else 2 if ctx.gated else 1
-    cpu.backward(how, KINDS[x.dtype], step.activation, adds, given)
-    if ctx.adds and step.activation is None:
-        dresidual = dy
-    return dx, _as(dgamma, weight), _as(dbeta, bias), dresidual
+    kernels().backward(how, KINDS[x.dtype], step.activation, adds, given)
+    return dx, as_parameter(dgamma, weight), as_parameter(dbeta, bias), dresidual
 
 
-def _derive_again(ctx: Any, dy: Tensor, x: Tensor, weight: Any, bias: Any, beside: Tensor | None) -> tuple[Any, ...]:
-    """Return the same gradients by the definition, which can be differentiated again."""
-    step, fixed = ctx.step, None
-    if step.fixed is not None:
-        mean, rstd = step.fixed
-        fixed = mean, rstd**-2 - step.eps
-    with torch.enable_grad():
-        d = _before_activation(ctx, dy, x, weight, bias, beside, fixed)
-        if fixed is None:
-            g = batch_norm_backward(d, x, weight, eps=step.eps)
-        else:
-            g = batch_norm_inference_backward(d, x, *fixed, weight, eps=step.eps)
-    return g.dx, _as(g.dgamma, weight), _as(g.dbeta, bias), d if ctx.adds else None
-
-
-def _before_activation(
-    ctx: Any, dy: Tensor, x: Tensor, weight: Any, bias: Any, beside: Tensor | None, fixed: tuple[Tensor, Tensor] | None
-) -> Tensor:
-    step = ctx.step
-    if step.activation is None:
-        return dy
-    if ctx.gated:
-        # straight pieces: the slope at the output is that at the input, and has no slope itself
-        y: Any = beside
-        y = y.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(ACTIVATIONS[step.activation](y), y, torch.ones_like(y))
-        gated: Tensor = dy * slope
-        return gated
-    if fixed is None:
-        z = batch_norm_train(x, weight, bias, eps=step.eps).y
-    else:
-        z = batch_norm_inference(x, *fixed, weight, bias, eps=step.eps)
-    z = z if beside is None else z + beside
-    z = z if z.requires_grad else z.requires_grad_()
-    d: Tensor
-    (d,) = torch.autograd.grad(ACTIVATIONS[step.activation](z), z, dy, create_graph=True)
-    return d
-
-
-def _as(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else gradient.to(parameter.dtype)
+def arguments(how: Any, step: Step, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Any:
+    """Return the arguments that both directions have in common."""
+    given = kernels().arguments(how)
+    given.x, given.eps, given.fixed = x.data_ptr(), step.eps, step.fixed is not None
+    for name, v in (("gamma", weight), ("beta", bias)):
+        if v is not None:
+            wide = full(v, x)
+            setattr(given, name, _address(wide))
+            # a copy in full precision lives as long as the block
+            setattr(given, f"kept_{name}", wide)
+    return given
 
 
 def _address(v: Tensor | None) -> int:
     return 0 if v is None else v.data_ptr()
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    """Return the layout of a dense batch."""
+    return memory_format(x) if in_rows(x) else torch.contiguous_format
 
 
 def plan_of(x: Tensor) -> Any:

@@ -13,6 +13,7 @@ from batchnorm.torch.across import normalize_across, share
 from batchnorm.torch.deferred import defer
 from batchnorm.torch.naming import describe
 from batchnorm.torch.options import Options
+from batchnorm.torch.plain import forward_plain
 from batchnorm.torch.tracking import Tracking
 from batchnorm.torch.weights import Weights
 
@@ -121,7 +122,7 @@ class BatchNorm(Tracking):
         if x.ndim not in self._ranks:
             self._check_input_dim(x)
         if self._plain:
-            y = self._forward_plain(x, residual, activation)
+            y = forward_plain(self, x, residual, activation)
             if y is not None:
                 return y
         return self._normalize_with(x, residual, activation)
@@ -151,35 +152,6 @@ class BatchNorm(Tracking):
             raise fx.proxy.TraceError(f"{describe(self)} is a leaf: trace a model that holds it")
         given = {name: v for name, v in arguments.items() if v is not None}
         return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), given)
-
-    def _forward_plain(self, x: Tensor, *follow: Any) -> Tensor | None:
-        """Do it in one go; ``None`` where that is not exact, not possible or not right."""
-        residual: Tensor | None = follow[0]
-        if not ops.is_eager(x) or (residual is not None and residual.shape != x.shape):
-            return None
-        channels, values = x.shape[1], x.numel()
-        # a dict is quicker to ask than a module
-        parameters, buffers = self._parameters, self._buffers
-        if channels != self.num_features or values == 0 or "weight" not in parameters or self.eps <= 0:
-            return None
-        weight, bias = parameters["weight"], parameters["bias"]
-        mean, var, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-        if mean is None or var is None or batches is None:
-            return None
-        if not self.training:
-            return ops.evaluate(x, weight, bias, mean, var, self.eps, *follow)
-        if values == channels or mean.element_size() < 4 or not self.track_running_stats:
-            return None
-        momentum = 1 / (batches.item() + 1) if self.momentum is None else self.momentum
-        if callable(momentum):
-            return None
-        if torch._C._current_graph_task_id() != -1:
-            # run again by activation checkpointing: the same kernel as the first time, on copies: what it saves must match
-            return ops.normalize_in_place(x, weight, bias, mean.clone(), var.clone(), momentum, self.eps, *follow)
-        y = ops.normalize_in_place(x, weight, bias, mean, var, momentum, self.eps, *follow)
-        if y is not None:
-            batches.add_(1)
-        return y
 
     def _forward(
         self, x: Tensor, weights: Weights, residual: Tensor | None, activation: str | None, group: Any

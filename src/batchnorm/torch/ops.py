@@ -22,7 +22,7 @@ from batchnorm.moments import Moments
 from batchnorm.torch import fused, operators
 from batchnorm.torch.choice import choose, is_eager
 from batchnorm.torch.options import ACTIVATIONS
-from batchnorm.torch.rows import FEW_ROWS, are_near, full, in_rows, memory_format, normalize_rows, over_channels
+from batchnorm.torch.rows import FEW_ROWS, are_near, full, in_rows, normalize_rows, over_channels
 
 __all__ = [
     "dense",
@@ -110,11 +110,7 @@ def evaluate(
 
 def alike(residual: Tensor | None, x: Tensor) -> Tensor | None:
     """Return a residual in the layout of ``x``."""
-    return (
-        None
-        if residual is None
-        else residual.contiguous(memory_format=memory_format(x) if in_rows(x) else torch.contiguous_format)
-    )
+    return None if residual is None else residual.contiguous(memory_format=fused.layout_of(x))
 
 
 def normalize_in_place(
