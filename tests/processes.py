@@ -10,6 +10,8 @@ import torch
 from torch import distributed
 
 SECONDS = 60
+# what every rank needs is imported once, by a process that does nothing else; DistributedDataParallel needs dynamo
+PRELOADED = ["torch._dynamo", "torch.distributed.fsdp", "batchnorm.torch"]
 
 
 def _enter(rank, ranks, meeting, jobs, answers, seconds):
@@ -32,7 +34,8 @@ def on_ranks(folder, ranks, jobs, seconds=SECONDS):
 
     A rank that dies gives no more answers; the others are waited for until all have gone.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     answers = context.Queue()
     meeting = f"file://{folder / f'meeting of {ranks}'}"
     processes = [
