@@ -112,14 +112,16 @@ def is_rebuilt(y, program=Saved.apply):
     return Saved.got.untyped_storage()._cdata != y.untyped_storage()._cdata
 
 
+# kernels that are compiled for the tests of the kernels too
 CASES = [
     (None, torch.float32, "planes"),
-    ("relu", torch.float32, "rows"),
-    ("relu6", torch.bfloat16, "planes"),
-    ("leaky_relu", torch.bfloat16, "rows"),
-    ("silu", torch.float16, "planes"),
-    ("gelu", torch.float16, "rows"),
-    ("hardswish", torch.float64, "planes"),
+    ("relu", torch.float16, "planes"),
+    ("relu", torch.bfloat16, "rows"),
+    ("relu6", torch.float64, "samples"),
+    ("leaky_relu", torch.float32, "rows"),
+    ("silu", torch.float32, "planes"),
+    ("gelu", torch.float64, "samples"),
+    ("hardswish", torch.float32, "rows"),
     ("sigmoid", torch.float64, "rows"),
     ("tanh", torch.float32, "samples"),
 ]
@@ -353,6 +355,7 @@ SIZE = 4 * 2 * C * 16 * 16
 KEPT = {
     "a stack": (lambda: stack(3), 7, 4),
     "no activation": (lambda: stack(3, None), 7, 4),
+    "layers on a layer": (lambda: nn.Sequential(conv(), layer(), layer(None), layer(), conv()), 5, 3),
     "pooled": (lambda: nn.Sequential(conv(), layer(), nn.MaxPool2d(2), conv()), 3.75, 2.5),
     "residuals, fused": (
         lambda: bn.convert(nn.Sequential(Bottleneck(), Bottleneck()), fuse=True, example=images()),
@@ -443,11 +446,14 @@ def test_an_output_that_somebody_keeps_does_not_keep_its_input():
         h = x * 2
         kept = m["norm"](h)
         z = m["conv"](kept)
+        # a graph that stays, with the hooks
+        other = x.exp()
     x = weakref.ref(h.untyped_storage())
     del h
     z.backward(torch.randn_like(z))
     assert x() is None
     assert kept is not None
+    assert other is not None
 
 
 def test_a_model_runs_its_forwards_in_the_context():

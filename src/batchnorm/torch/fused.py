@@ -74,8 +74,8 @@ def normalize(
         y: Tensor = _Fused.apply(x, weight, bias, residual, step, found)  # type: ignore[no-untyped-call]
         memory = active()
         if memory is not None and residual is None:
-            again = step._replace(fixed=(found[0].mean, found[0].rstd), running=None)
-            memory.remember(y, (x, weight, bias), lambda x, weight, bias: forward(x, weight, bias, None, again, []))
+            known = step._replace(fixed=(found[0].mean, found[0].rstd), running=None)
+            memory.remember(y, (x, weight, bias), lambda x, weight, bias: forward(x, weight, bias, None, known, []))
     else:
         y = forward(x, weight, bias, residual, step, found)
     return y, found[0]
