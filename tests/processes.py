@@ -5,11 +5,23 @@ import multiprocessing
 import queue
 import time
 import traceback
+from multiprocessing import forkserver
 
 import torch
 from torch import distributed
 
 SECONDS = 60
+# what every rank needs is imported once, by a process that does nothing else; DistributedDataParallel needs dynamo
+PRELOADED = ["torch._dynamo", "torch.distributed.fsdp", "batchnorm.torch"]
+
+
+def warm():
+    """Return a context whose processes are forked from one that has imported what they need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    # before someone else starts it with a list of his own
+    forkserver.ensure_running()
+    return context
 
 
 def _enter(rank, ranks, meeting, jobs, answers, seconds):
@@ -32,7 +44,7 @@ def on_ranks(folder, ranks, jobs, seconds=SECONDS):
 
     A rank that dies gives no more answers; the others are waited for until all have gone.
     """
-    context = multiprocessing.get_context("spawn")
+    context = warm()
     answers = context.Queue()
     meeting = f"file://{folder / f'meeting of {ranks}'}"
     processes = [

@@ -2,7 +2,10 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,7 +37,19 @@ def test_noise_is_called_noise():
 
 def test_it_measures_real_processes_and_keeps_every_value(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("batchnorm.bench.compare.QUICK", (["--steps", "5"], 1, 1, (1, 2)))
+    started = []
+
+    def run(command, **options):
+        """Start a process for the comparison with two jobs; three more like it would show nothing new."""
+        assert command[:3] == [sys.executable, "-m", "batchnorm"]
+        if command[command.index("--jobs") + 1] == "1":
+            return subprocess.CompletedProcess(command, cli.main(command[3:]))
+        started.append(subprocess.run(command, check=options.pop("check"), **options))
+        return started[-1]
+
+    monkeypatch.setattr("batchnorm.bench.compare.subprocess", SimpleNamespace(run=run))
     assert cli.main(["bench", "compare", "--quick", "--out", str(tmp_path)]) == 0
+    assert [process.returncode for process in started] == [0]
     kept = json.loads((tmp_path / "compare.json").read_text())
     assert kept["jobs"][0]["2"]["runs"] == 21
     assert [point["runs"] for point in kept["growth"]] == [3, 6]

@@ -1,17 +1,16 @@
 """The page of a check in a real browser: it renders, keeps to itself, can be read, and can be walked with the keyboard."""
 
 import re
-import shutil
 from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from playwright.sync_api import sync_playwright
 
 from batchnorm.check import drawings
 from batchnorm.check.page import as_page
 from batchnorm.check.report import Finding, Report
+from browser import chromium
 from check_reports import HOSTILE, Observation, healthy, hostile, names, observed, sick
 
 DEEP = names([3, 8, 36, 3])
@@ -28,15 +27,9 @@ TEXT, DRAWN = ("ink", "quiet", "mark", "error", "warning", "note"), ("data",)
 
 
 @pytest.fixture(scope="module")
-def chromium():
-    """Fails, and does not skip, where no Chromium is installed: the page is a promise."""
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    assert path, "the page is tested in a real browser: install chromium (make test does so as root on Debian)"
-    quiet = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=[*quiet, "--no-first-run", "--disable-quic"])
-        yield browser
-        browser.close()
+def window():
+    with chromium() as window:
+        yield window
 
 
 @pytest.fixture(scope="module")
@@ -48,27 +41,23 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture
-def opened(chromium, files):
-    """Opens a page; at the end nothing was said on the console, and nothing was asked for."""
-    pages, said, asked = [], [], []
+def opened(window, files):
+    """Opens a page; when it is left nothing was said on the console, and nothing was asked for."""
+    shown = []
+
+    def leave():
+        for file in shown:
+            assert window.said == []
+            assert window.foreign(file) == []
+        shown.clear()
 
     def open_page(name, scheme="light", width=1000):
-        page = chromium.new_page(color_scheme=scheme, viewport={"width": width, "height": 800})
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto(files[name].as_uri(), wait_until="load")
-        pages.append(page)
-        return page
+        leave()
+        shown.append(files[name])
+        return window.open(files[name], scheme, width)
 
     yield open_page
-    for page in pages:
-        page.close()
-    assert said == []
-    assert [url for url in asked if not url.startswith("data:") and url.partition("#")[0] not in {
-        path.as_uri() for path in files.values()
-    }] == []  # fmt: skip
+    leave()
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -173,7 +162,6 @@ def test_what_the_data_has_shown_is_drawn(opened):
     assert "block2.bn1" in shown.all_inner_texts()[3]
     assert shown.count() == 6
     assert shown.nth(3).locator("svg").count() == 4
-    assert opened("deep").locator("#distributions section").count() == 3
     for svg in shown.nth(3).locator("svg").all():
         box = svg.bounding_box()
         assert box["width"] > 150
@@ -181,7 +169,9 @@ def test_what_the_data_has_shown_is_drawn(opened):
     assert page.locator("#gaps svg .mark").count() == 6
     # a histogram only where inputs were kept
     assert page.locator("path.bars").count() == 18
-    assert opened("deep").locator("path.bars").count() == 0
+    deep = opened("deep")
+    assert deep.locator("#distributions section").count() == 3
+    assert deep.locator("path.bars").count() == 0
     assert opened("problems").locator("#distributions").count() == 0
 
 

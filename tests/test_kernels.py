@@ -436,7 +436,7 @@ def test_a_forced_kernel_that_cant_run_says_why():
     layer = BatchNorm1d(4)
     with force("kernel"), pytest.raises(KernelError, match="no value"):
         explain(layer, torch.zeros(0, 4))
-    with force("kernel"), pytest.raises(KernelError, match=r"γ must be float32 .* got float64"):
+    with force("kernel"), pytest.raises(KernelError, match=r"γ must be float32 beside .* got float64"):
         BatchNorm1d(4, dtype=torch.float64)(torch.randn(8, 4))
     with pytest.raises(OptionError, match="kernel, aten, definition"), force("cuda"):
         pass

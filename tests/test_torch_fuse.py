@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from batchnorm import torch as bn
 from batchnorm.bench.zoo import open_torchvision
 from batchnorm.errors import BatchNormWarning, FusionError, OptionError, ShapeError
+from batchnorm.torch import deferred
 from batchnorm.torch.deferred import Deferred
 from batchnorm.torch.layers import BatchNorm
 from oracle import assert_near
@@ -33,6 +34,11 @@ class Site(nn.Module):
 
     def forward(self, x, r):
         return self.program(self, self.norm(x * 2), r * 3)
+
+
+@pytest.fixture(autouse=True)
+def _small_outputs_too(monkeypatch):
+    monkeypatch.setattr(deferred, "FEW", 0)
 
 
 @pytest.fixture
@@ -296,6 +302,24 @@ def test_a_sum_that_is_seen_is_fused_without_what_follows_it(computed):
         assert_same(step(fused, given), step(plain, given))
 
 
+def test_a_layer_whose_input_is_written_to_is_not_fused():
+    class Written(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x, r):
+            x = x * 2
+            y = self.norm(x)
+            x += r
+            return F.relu(y)
+
+    plain, fused = both(Written, inputs())
+    assert marks(fused) == {"norm": ()}
+    with torch.no_grad():
+        assert_same([fused(*inputs())], [plain(*inputs())])
+
+
 def test_of_two_layers_that_are_added_the_left_one_is_fused(computed):
     class Two(nn.Module):
         def __init__(self):
@@ -428,6 +452,13 @@ class Net(nn.Module):
         return self.drop(F.relu(self.block(x) + x))
 
 
+class Looking(Net):
+    """The same, but it can't be watched without values."""
+
+    def forward(self, x):
+        return super().forward(x if x.mean() < 9 else -x)
+
+
 def fused_net():
     return bn.convert(Net(), fuse=True, example=torch.randn(4, 3, 5, 2))
 
@@ -443,8 +474,9 @@ def assert_unchanged(model, before):
     assert all(torch.equal(now[2][name], v) for name, v in before[2].items())
 
 
-def test_watching_leaves_no_trace():
-    model, x = Net().eval(), torch.randn(4, 3, 5, 2, requires_grad=True)
+@pytest.mark.parametrize("kind", [Net, Looking])
+def test_watching_leaves_no_trace(kind):
+    model, x = kind().eval(), torch.randn(4, 3, 5, 2, requires_grad=True)
     model.block.train()
     modules, parameters, state = list(model.modules()), list(model.parameters()), torch.get_rng_state()
     modes, values = [m.training for m in modules], [v.clone() for v in model.state_dict().values()]
@@ -634,6 +666,8 @@ OTHER_WAYS = [
     lambda m, y, r: (y.mul_(2), y + y.relu())[1],
     lambda m, y, r: (y.relu_(), y + 1)[1],
     lambda m, y, r: y.clone().relu() + y.relu(),
+    lambda m, y, r: F.relu(y + r + r * 2),
+    lambda m, y, r: F.relu(iadd(iadd(y, r), r * 2)),
     lambda m, y, r: (y.add_(r), y.mul_(3), y.relu())[2],
     lambda m, y, r: (y + r).relu() * (y - r),
     lambda m, y, r: y[1:2].relu() + y.view(-1)[0],
@@ -789,6 +823,15 @@ def test_a_hook_that_comes_later_is_called_with_the_output():
         model.norm.register_forward_hook(lambda module, args, y: seen.append(y) or y * 2)
     assert_same(step(fused, inputs()), step(plain, inputs()))
     assert [type(y) for y in seen] == [torch.Tensor] * 4
+
+
+def test_a_small_output_is_computed_at_once(monkeypatch):
+    monkeypatch.setattr(deferred, "FEW", 120)
+    norm = switched(lambda m, y, r: y)[1].norm
+    x = inputs()[0]
+    assert x.numel() == 120
+    assert type(norm(x)) is Deferred
+    assert type(norm(x[:3])) is torch.Tensor
 
 
 # --- beside other things ----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ __all__ = [
     "DataError",
     "DistributedError",
     "FusionError",
+    "KernelError",
     "MissingDependencyError",
     "NonFiniteError",
     "NotInvertibleError",

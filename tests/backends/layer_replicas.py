@@ -1,4 +1,4 @@
-"""A batch on two replicas: what each of them puts out, as a program of its own. Arguments: a folder, and a rank of torch's."""
+"""A batch on two replicas: what each of them puts out, as a program of its own. Its argument is a folder."""
 
 import os
 import sys
@@ -36,10 +36,13 @@ def keep(name, **arrays):
     np.savez(FOLDER / f"{name}.npz", **{key: as_array(v) for key, v in arrays.items()})
 
 
-def on_torch(rank):
-    """Be one of two processes."""
+def on_torch():
+    """Be two processes, of which one imports torch and Keras."""
     import torch
     from torch import distributed
+
+    other = os.fork()
+    rank = 0 if other else 1
 
     distributed.init_process_group("gloo", init_method=f"file://{FOLDER}/store", rank=rank, world_size=2)
     for name, first in SPLITS.items():
@@ -54,6 +57,8 @@ def on_torch(rank):
         mean, variance = layer.moving_mean, layer.moving_variance
         keep(f"{name}_{rank}", y=y, dx=dx, gamma=found[0], beta=found[1], mean=mean.value, variance=variance.value)
     distributed.destroy_process_group()
+    if other:
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]))
 
 
 def on_tensorflow():
@@ -141,4 +146,4 @@ def on_jax():
 
 if __name__ == "__main__":
     name = keras.backend.backend()
-    on_torch(int(sys.argv[2])) if name == "torch" else on_tensorflow() if name == "tensorflow" else on_jax()
+    on_torch() if name == "torch" else on_tensorflow() if name == "tensorflow" else on_jax()

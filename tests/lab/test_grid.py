@@ -38,9 +38,16 @@ def test_two_processes_give_the_same_rows_with_one_thread_each(expected):
 
 def test_a_dask_cluster_gives_the_same_rows(expected):
     """A real cluster: a scheduler and two workers of two threads, which share torch's global generator."""
+    import dask
     from distributed import LocalCluster
 
-    with LocalCluster(n_workers=2, threads_per_worker=2, dashboard_address=None) as cluster:
+    from processes import warm
+
+    warm()
+    with (
+        dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}),
+        LocalCluster(n_workers=2, threads_per_worker=2, dashboard_address=None) as cluster,
+    ):
         assert rows(parallel="dask", cluster=cluster.scheduler_address) == expected
 
 
@@ -49,7 +56,7 @@ def test_a_ray_cluster_gives_the_same_rows(expected):
     ray = shutil.which("ray", path=str(Path(sys.executable).parent))
     # a socket's path may have 107 characters, which pytest's folders exceed
     with tempfile.TemporaryDirectory(prefix="r") as folder:
-        start = [ray, "start", "--head", "--block", "--port", port, "--num-cpus", "2", "--include-dashboard=false"]
+        start = [ray, "start", "--head", "--block", "--port", port, "--num-cpus", "1", "--include-dashboard=false"]
         start += ["--disable-usage-stats", "--temp-dir", folder]
         with subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as head:
             try:

@@ -1,28 +1,20 @@
 """The report in a real browser, in light and dark: it renders, says nothing on the console, asks nothing of a network."""
 
-import shutil
-
 import numpy as np
 import polars as pl
 import pytest
-from playwright.sync_api import sync_playwright
 
 import batchnorm as bn
 from batchnorm.lab.arms import Arm
+from browser import chromium
 
 HOSTILE = "<script>alert(1)</script><img src=http://127.0.0.1:9/x onerror=alert(2)> & “q\" 'r"
 
 
 @pytest.fixture(scope="module")
-def chromium():
-    """Fails, and does not skip, where no Chromium is installed: the report is a promise."""
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    assert path, "the report is tested in a real browser: install chromium (make test does so as root on Debian)"
-    quiet = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=[*quiet, "--no-first-run", "--disable-quic"])
-        yield browser
-        browser.close()
+def window():
+    with chromium() as window:
+        yield window
 
 
 @pytest.fixture(scope="module")
@@ -38,24 +30,14 @@ def hostile(tmp_path_factory):
     return bn.compare(path, target="c", arms=arms, out=folder / "out", **options)
 
 
-def opened(browser, path, scheme="light"):
-    """Return the page, what it said on the console, and what it asked for."""
-    page, said, asked = browser.new_page(color_scheme=scheme, viewport={"width": 1000, "height": 800}), [], []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(path.as_uri(), wait_until="networkidle")
-    return page, said, [url for url in asked if url != path.as_uri() and not url.startswith("data:")]
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("which", ["small", "hostile"])
-def test_it_renders_and_keeps_to_itself(chromium, request, which, scheme):
+def test_it_renders_and_keeps_to_itself(window, request, which, scheme):
     found = request.getfixturevalue(which)
-    page, said, asked = opened(chromium, found.out / "report.html", scheme)
-    assert said == []
-    assert asked == []
+    file = found.out / "report.html"
+    page = window.open(file, scheme, wait_until="networkidle")
+    assert window.said == []
+    assert window.foreign(file) == []
     assert [page.locator(f"#{figure} svg").count() for figure in ("curves", "rates", "differences", "activations")] == [
         1
     ] * 4
@@ -64,41 +46,37 @@ def test_it_renders_and_keeps_to_itself(chromium, request, which, scheme):
         assert box["height"] > 150
     assert page.locator("#broken").count() == 0
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    page.close()
 
 
-def test_light_and_dark_can_be_read(chromium, small):
+def test_light_and_dark_can_be_read(window, small):
     """Contrast of text and of every line colour against the paper, by the formula of WCAG 2.2."""
     for scheme in ("light", "dark"):
-        page, *_ = opened(chromium, small.out / "report.html", scheme)
+        page = window.open(small.out / "report.html", scheme)
         names = ["ink", "quiet", "mark", *(f"arm{i}" for i in range(8))]
         value = "name => getComputedStyle(document.documentElement).getPropertyValue('--' + name).trim()"
         paper = page.evaluate(f"({value})('paper')")
         for name in names:
             contrast = _contrast(page.evaluate(f"({value})('{name}')"), paper)
             assert contrast >= (4.5 if name in ("ink", "quiet") else 3.0), (scheme, name, contrast)
-        page.close()
 
 
-def test_it_says_what_was_found(chromium, small):
-    page, *_ = opened(chromium, small.out / "report.html")
+def test_it_says_what_was_found(window, small):
+    page = window.open(small.out / "report.html")
     answer = page.locator("#answer").inner_text()
     assert f"The best network is “{small.best.task.arm.name}”" in answer
     assert all(str(verdict) in answer for verdict in small.verdicts)
     assert page.locator("#arms tbody tr").count() == 3
     assert "batchnorm compare digits" in page.locator("#command").inner_text()
     assert "BatchNorm1d" in page.locator("#summary").inner_text() or small.best.task.arm.norm != "batch"
-    page.close()
 
 
-def test_user_supplied_names_are_shown_as_they_are(chromium, hostile):
-    page, *_ = opened(chromium, hostile.out / "report.html")
+def test_user_supplied_names_are_shown_as_they_are(window, hostile):
+    page = window.open(hostile.out / "report.html")
     assert HOSTILE in page.locator("#arms").inner_text()
     assert "<img src=x onerror=alert(3)>.csv" in page.locator("h1").inner_text()
     drawn = page.locator("#rates svg").text_content()
     assert f"{HOSTILE[:17]}…" in drawn
     assert "$x^2$</svg><h1 id…" in drawn
-    page.close()
 
 
 def _contrast(one, other):

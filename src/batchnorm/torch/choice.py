@@ -1,6 +1,5 @@
 """Which implementation normalizes a batch: our kernel, ATen or the definition; why; and how to force one."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,7 +13,7 @@ from torch.autograd import forward_ad
 
 from batchnorm.errors import KernelError, OptionError
 
-__all__ = ["Choice", "choose", "force", "is_eager", "notes", "obstacle"]
+__all__ = ["Choice", "choose", "force", "is_eager", "obstacle"]
 
 NAMES = ("kernel", "aten", "definition")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -129,7 +128,8 @@ def _misfit(
     wide = x.dtype if x.dtype == torch.float64 else torch.float32
     for name, v in (("γ", weight), ("β", bias)):
         if v is not None and v.dtype not in (wide, x.dtype):
-            return f"{name} must be {_name(wide)} or {_name(x.dtype)} beside an input of {_name(x.dtype)}, got {_name(v.dtype)}"
+            allowed = " or ".join(dict.fromkeys((_name(wide), _name(x.dtype))))
+            return f"{name} must be {allowed} beside an input of {_name(x.dtype)}, got {_name(v.dtype)}"
     if running is not None and running.dtype != wide:
         return f"the running statistics must be {_name(wide)} beside an input of {_name(x.dtype)}, got {_name(running.dtype)}"
     if residual is None:
@@ -137,12 +137,6 @@ def _misfit(
     if residual.dtype != x.dtype or residual.shape != x.shape or not is_eager(residual):
         return f"the residual must be as the input, got {_name(residual.dtype)} {tuple(residual.shape)}"
     return ""
-
-
-def notes() -> tuple[str, ...]:
-    """Say what is not as it should be with the kernels that were used in this process."""
-    cpu = sys.modules.get("batchnorm.kernels.cpu")
-    return () if cpu is None else cpu.notes()
 
 
 def _kind(x: Any) -> str:

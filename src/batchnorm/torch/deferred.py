@@ -6,6 +6,7 @@ plain output. So whatever a program does, it computes the same.
 """
 
 import contextlib
+import operator
 import sys
 import threading
 import weakref
@@ -75,6 +76,9 @@ _OF_GRAPH = (
 # what may be switched on beside a wait; anything else changes what is computed, and is computed at once
 _BESIDE = frozenset({"on_single", "unbiased", "debias", "total_variance", "domains", "wide_statistics"})
 _STATE = ("training", "momentum", "eps", "options", "frozen_statistics", "_domain", "_collected", "_plain")
+_state_of = operator.attrgetter(*_STATE)
+# values below which it costs more to wait than is saved
+FEW = 1 << 16
 _CURE = "take fusion out with convert(model, fuse=False), or fuse again with an example that goes this way"
 
 
@@ -84,6 +88,8 @@ def step_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step | 
     if found is None or len(args) != (2 if found[0] == "add" else 1):
         return None
     name, in_place, fixed = found
+    if not kwargs and func is not F.hardtanh:
+        return Step(name, bool(in_place))
     given = {key: v for key, v in kwargs.items() if key != "inplace"}
     if any(key not in fixed or v != fixed[key] for key, v in given.items()) or (func is F.hardtanh and len(given) != 2):
         return None
@@ -122,9 +128,9 @@ def defer(layer: Any, x: Tensor) -> Tensor | None:
         return None
     _flush(layer)
     special = x.is_inference() or forward_ad._current_level >= 0 or torch._C._len_torch_function_stack() > 0
-    if special or not suits(layer) or not _is_regular(layer, x):
+    if special or x.numel() < FEW or not suits(layer) or not _is_regular(layer, x):
         return None
-    return Deferred(_Call(layer, x), None)
+    return _waiting(_Call(layer, x), None)
 
 
 def _is_regular(layer: Any, x: Tensor) -> bool:
@@ -170,7 +176,7 @@ class _Call:
     def __init__(self, layer: Any, x: Tensor) -> None:
         self.layer, self.x = layer, x
         self.modes = _modes()
-        self.state = self._state()
+        self.state = _state_of(layer)
         by_batch, parameters, buffers = layer.normalizes_by_batch(), layer._parameters, layer._buffers
         read = (x, parameters.get("weight"), parameters.get("bias"), *(() if by_batch else layer.running()[:2]))
         self.read = [v for v in read if v is not None]
@@ -178,9 +184,6 @@ class _Call:
         tracks = layer.training and layer.track_running_stats and buffers["running_mean"] is not None
         # activation checkpointing runs a forward again, inside of the backward
         self.moves = by_batch and tracks and torch._C._current_graph_task_id() == -1
-
-    def _state(self) -> tuple[Any, ...]:
-        return tuple([getattr(self.layer, name) for name in _STATE])
 
     def _versions(self) -> list[int]:
         return [v._version for v in self.read]
@@ -200,7 +203,9 @@ class _Call:
                 f"{describe(self.layer)}: its input, γ, β or statistics were written to between its call and the use of its "
                 f"output: {_CURE}"
             )
-        changes = {k: old for k, old, new in zip(_STATE, self.state, self._state(), strict=True) if old is not new}
+        state, changes = _state_of(self.layer), {}
+        if state != self.state:
+            changes = {k: old for k, old, new in zip(_STATE, self.state, state, strict=True) if old is not new}
         if again and self.moves:
             changes["track_running_stats"] = False
         if changes or _modes() != self.modes:
@@ -244,30 +249,13 @@ class Deferred(Tensor):
     """The output of a layer, whose values are made when they are used."""
 
     call: _Call
-    residual: Tensor | None
+    residual: Tensor | None = None
+    # of the residual, when it was given
+    version: int = 0
     # once it was made, or written to
-    value: Tensor | None
+    value: Tensor | None = None
     # what followed was computed without this, which is no part of its graph
     passed: bool = False
-
-    @staticmethod
-    def __new__(cls: type["Deferred"], call: _Call, residual: Tensor | None) -> "Deferred":
-        """Make a tensor like the input."""
-        x = call.x
-        inputs = (x, residual, *call.layer._parameters.values())
-        derives = call.modes[0] and any(v is not None and v.requires_grad for v in inputs)
-        output: Deferred = hollow(cls, x, derives=derives)
-        if derives:
-            # a gradient that arrives here would be lost
-            with torch._C.DisableTorchFunctionSubclass():
-                output._backward_hooks = {0: call.refuse}
-        return output
-
-    def __init__(self, call: _Call, residual: Tensor | None) -> None:
-        self.call, self.residual, self.value = call, residual, None
-        self.version = 0 if residual is None else residual._version
-        if call.moves:
-            _WAITING.outputs[id(call.layer)] = weakref.ref(self)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -310,7 +298,7 @@ class Deferred(Tensor):
         if not _goes_on(self.call.layer._followers):
             return self._passed(self.call.compute(other, None), in_place=in_place)
         if not in_place:
-            return self._passed(Deferred(self.call, other), in_place=False)
+            return self._passed(_waiting(self.call, other), in_place=False)
         with torch._C.DisableTorchFunctionSubclass():
             if other.requires_grad and self.call.modes[0] and not self.requires_grad:
                 return None
@@ -340,6 +328,27 @@ class Deferred(Tensor):
                 f"{describe(self.call.layer)}: what was added to its output was written to before that was used: {_CURE}"
             )
         return self.call.compute(self.residual, activation)
+
+
+def _waiting(call: _Call, residual: Tensor | None) -> Deferred:
+    """Return an output, with or without something added, that has no values yet."""
+    x, parameters = call.x, call.layer._parameters
+    derives = call.modes[0] and (
+        x.requires_grad
+        or (residual is not None and residual.requires_grad)
+        or any(v is not None and v.requires_grad for v in parameters.values())
+    )
+    output: Deferred = hollow(Deferred, x, derives=derives)
+    output.call = call
+    if residual is not None:
+        output.residual, output.version = residual, residual._version
+    if derives:
+        # a gradient that arrives here would be lost
+        with torch._C.DisableTorchFunctionSubclass():
+            output._backward_hooks = {0: call.refuse}
+    if call.moves:
+        _WAITING.outputs[id(call.layer)] = weakref.ref(output)
+    return output
 
 
 def _goes_on(followers: tuple[tuple[str, ...], ...]) -> bool:

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from batchnorm.torch.choice import Choice, choose, notes
+from batchnorm.torch.choice import Choice, choose
+from batchnorm.torch.fused import kernels
 from batchnorm.torch.layers import BatchNorm
 
 __all__ = ["explain"]
@@ -33,6 +34,5 @@ def explain(layer: BatchNorm, x: Tensor, residual: Tensor | None = None) -> Choi
     running = layer._buffers["running_mean"] if layer.training else None
     choice = choose(x, layer.weight, layer.bias, residual, running)
     if choice.name == "kernel":
-        said = notes()
-        return Choice("kernel", "; ".join((choice.reason, *said)))
+        return Choice("kernel", "; ".join((choice.reason, *kernels().notes())))
     return choice
