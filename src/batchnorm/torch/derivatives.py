@@ -84,4 +84,6 @@ def _sum(z: Tensor, bias: Tensor | None, beside: Tensor | None) -> Tensor:
 
 def as_parameter(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
     """Return a gradient in the dtype of its parameter, and none where there is none."""
-    return None if parameter is None else gradient.to(parameter.dtype)
+    if parameter is None or parameter.dtype == gradient.dtype:
+        return None if parameter is None else gradient
+    return gradient.to(parameter.dtype)

@@ -56,13 +56,28 @@ class Step(NamedTuple):
     momentum: float = 0.0
 
 
-class Found(NamedTuple):
-    """Mean, m2 and 1/√(var + ε) of each channel, in float64, and whether everything is finite."""
+class Found:
+    """What the kernels have found: three rows of float64 for the channels, and whether everything is finite."""
 
-    mean: Tensor
-    m2: Tensor
-    rstd: Tensor
-    finite: bool
+    __slots__ = ("finite", "rows")
+
+    def __init__(self, rows: Tensor, finite: bool) -> None:
+        self.rows, self.finite = rows, finite
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean."""
+        return self.rows[0]
+
+    @property
+    def m2(self) -> Tensor:
+        """The sum of squared distances from the mean."""
+        return self.rows[1]
+
+    @property
+    def rstd(self) -> Tensor:
+        """``1 / √(variance + ε)``."""
+        return self.rows[2]
 
 
 def normalize(
@@ -113,20 +128,23 @@ def forward(
     how, y = plan_of(x), empty_like(x)
     given = arguments(how, step, x, weight, bias)
     given.y, given.residual = y.data_ptr(), _address(residual)
-    if step.fixed is None:
-        mean, m2, rstd = torch.empty(3, how.channels, dtype=torch.float64).unbind()
-    else:
-        (mean, rstd), m2 = step.fixed, step.fixed[0]
-    given.mean, given.m2, given.rstd = mean.data_ptr(), m2.data_ptr(), rstd.data_ptr()
-    # kept until the kernels have run
-    parts = torch.empty(2 * how.blocks * how.channels, dtype=torch.float64)
-    given.parts = parts.data_ptr()
+    # the rows that are kept, and what the kernels need beside them
+    rows = torch.empty(3 + 2 * how.blocks, how.channels, dtype=torch.float64)
+    if step.fixed is not None:
+        torch.stack((step.fixed[0], step.fixed[0], step.fixed[1]), out=rows[:3])
+    _locate(given, rows, how.channels)
+    given.parts = rows.data_ptr() + 24 * how.channels
     if step.running is not None:
         given.running_mean, given.running_var = step.running[0].data_ptr(), step.running[1].data_ptr()
         given.momentum = step.momentum
     kernels().forward(how, KINDS[x.dtype], step.activation, residual is not None, given)
-    found.append(Found(mean, m2, rstd, bool(given.finite)))
+    found.append(Found(rows if how.blocks <= 1 else rows[:3].clone(), bool(given.finite)))
     return y
+
+
+def _locate(given: Any, rows: Tensor, channels: int) -> None:
+    start = rows.data_ptr()
+    given.mean, given.m2, given.rstd = start, start + 8 * channels, start + 16 * channels
 
 
 def gradients(ctx: Any, dy: Tensor, x: Tensor, weight: Any, bias: Any, beside: Tensor | None) -> tuple[Any, ...]:
@@ -138,7 +156,7 @@ def gradients(ctx: Any, dy: Tensor, x: Tensor, weight: Any, bias: Any, beside: T
     step, how = ctx.step, plan_of(x)
     dy = dy if dy.stride() == x.stride() else dy.contiguous(memory_format=layout_of(x))
     given = arguments(how, step, x, weight, bias)
-    given.mean, given.m2, given.rstd = (v.data_ptr() for v in ctx.found[:3])
+    _locate(given, ctx.found.rows, how.channels)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     dgamma, dbeta = torch.empty(how.channels, dtype=dtype), torch.empty(how.channels, dtype=dtype)
     # with an activation, the gradient of what was added is another than dy

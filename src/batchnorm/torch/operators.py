@@ -42,7 +42,7 @@ def _normalize(
 ) -> tuple[Tensor, Tensor]:
     found: list[Found] = []
     y = forward(_laid(x), weight, bias, _laid(residual, x), Step(activation or None, eps), found)
-    return y, torch.stack(found[0][:3])
+    return y, found[0].rows[:3].clone()
 
 
 @_normalize.register_fake
@@ -58,7 +58,7 @@ def _derive(
     activation: str, eps: float, adds: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     kept = SimpleNamespace(
-        step=Step(activation or None, eps), found=Found(found[0], found[1], found[2], finite=True), adds=adds,
+        step=Step(activation or None, eps), found=Found(found, finite=True), adds=adds,
         gated=adds and is_gated(activation or None), needs_input_grad=(True, True, True, adds),
     )  # fmt: skip
     x = _laid(x)
