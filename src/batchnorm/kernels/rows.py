@@ -48,7 +48,7 @@ __all__ = ["TILE", "affines", "apply", "block", "flush", "measure", "spread"]
 # rows that are added in float32 before their sum is added in float64
 TILE = 128
 # values, at least, whose mean is the first estimate
-FIRST = 3
+FIRST = 15
 
 
 @njit(fastmath=SUMS, error_model="numpy")
@@ -103,22 +103,15 @@ def around(x: Any, start: int, rows: int, stride: int, places: int, mean: Any, t
         flush(q, places, squares)
 
 
-@njit(fastmath=SUMS, error_model="numpy")
-def estimate(x: Any, start: int, rows: int, stride: int, places: int, mean: Any) -> None:
-    """Put the mean of some rows into each channel."""
-    for c in range(len(mean)):
-        found = like(mean[0], 0)
-        for i in range(start + c * places, start + c * places + rows * stride, stride):
-            for k in range(places):
-                found += get(x, i + k)
-        mean[c] = coarse(x, found / like(found, rows * places))
-
-
 @njit(error_model="numpy")
 def measure_strip(x: Any, start: int, rows: int, stride: int, places: int, mean: Any, rest: Any, m2: Any) -> None:
     """Find the means of a strip's channels, as ``mean + rest``, and their m2."""
     columns = np.empty(len(mean) * places, mean.dtype)
-    estimate(x, start, min(rows, 1 + FIRST // places), stride, places, mean)
+    first = min(rows, 1 + FIRST // places)
+    columns[:] = 0
+    around(x, start, first, stride, places, columns, rest, m2)
+    for c in range(len(mean)):
+        mean[c] = coarse(x, like(mean[c], rest[c] / (first * places)))
     for attempt in range(2):
         spread(mean, places, columns)
         around(x, start, rows, stride, places, columns, rest, m2)
