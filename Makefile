@@ -38,7 +38,7 @@ compare: $(VENV)/.lab  ## train with and without batch normalization on real dat
 	$(BIN)/batchnorm compare digits --out comparison --jobs $(JOBS)
 
 test: $(VENV)/.dev browser lint docs  ## everything that needs no TensorFlow
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	XLA_FLAGS=$(QUICK_XLA) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 	KERAS_BACKEND=jax JAX_PLATFORMS=cpu XLA_FLAGS=$(QUICK_XLA) $(BIN)/python -m pytest tests/backends -n $(JOBS) --dist worksteal
 
 test-keras: $(TFVENV)/.dev  ## what holds on every backend of Keras, on TensorFlow

@@ -63,6 +63,7 @@ NAMES = {
         "explain",
         "force",
         "freeze",
+        "keep_memory",
         "param_groups",
         "recompute",
         "revert",

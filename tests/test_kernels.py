@@ -336,6 +336,18 @@ def test_several_threads_of_python_may_call_at_once(name, two_threads):
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("name", BIG)
+def test_what_goes_past_the_cache_is_the_same(name, monkeypatch):
+    kept = run_big(name)
+    monkeypatch.setattr(cpu, "LARGE", 1)
+    cpu.plan.cache_clear()
+    try:
+        past = run_big(name)
+    finally:
+        cpu.plan.cache_clear()
+    assert all(torch.equal(a, b) for a, b in zip(kept, past, strict=True))
+
+
 def in_a_process(script, **environment):
     folder = Path(__file__).parent
     done = subprocess.run(

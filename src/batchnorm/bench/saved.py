@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 
 from batchnorm.bench.networks import Batch, Context
+from batchnorm.torch import keep_memory
 
 __all__ = ["asked_bytes", "peak_bytes", "saved_bytes"]
 
@@ -85,7 +86,8 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _watched() -> Iterator[Any]:
-    """Record what torch's allocator gives out and takes back."""
+    """Record what torch's allocator gives out and takes back; what outputs of the kernels are lent again, it would not see."""
+    kept = keep_memory(0)
     before = os.environ.get("KINETO_LOG_LEVEL")
     # else it says on the error stream that it starts and ends
     os.environ["KINETO_LOG_LEVEL"] = "9"
@@ -93,6 +95,7 @@ def _watched() -> Iterator[Any]:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
             yield watched
     finally:
+        keep_memory(kept)
         if before is None:
             del os.environ["KINETO_LOG_LEVEL"]
         else:

@@ -23,8 +23,10 @@ def build_number() -> int:
 _WORDS = (
     # which sources the block was laid out by
     "build",
-    # counted up by the threads: the next task, and what is done
-    "next", "done",
+    # counted up by the threads: the next task, and what is done; of sums, of sums that are taken again, of outputs
+    "next", "done", "next_again", "done_again", "next_output",
+    # how many phases are over, and whether sums must be taken again
+    "ready", "again",
     # addresses of elements: input, output, gradients of both, residual and its gradient
     "x", "y", "dy", "dx", "residual", "dresidual",
     # sizes: samples and places of a plane, or rows; channels; places
@@ -35,8 +37,8 @@ _WORDS = (
     "gamma", "beta", "mean", "m2", "rstd", "dgamma", "dbeta", "parts", "affine",
     # addresses of the running statistics (0: none), which are float32, or float64 where x is
     "running_mean", "running_var",
-    # switches: statistics are given; x needs a gradient; and the answer: all is finite
-    "fixed", "derive", "finite",
+    # switches: statistics are given; x needs a gradient; outputs are written past the cache; and the answer: all is finite
+    "fixed", "derive", "past_cache", "finite",
 )  # fmt: skip
 
 
@@ -46,8 +48,8 @@ class Arguments(ctypes.Structure):
     _fields_ = [*((name, ctypes.c_int64) for name in _WORDS), ("eps", ctypes.c_double), ("momentum", ctypes.c_double)]
 
 
-BUILD, NEXT, DONE, X, Y, DY, DX, RESIDUAL, DRESIDUAL, SAMPLES, CHANNELS, PLACES, WIDTH, HEIGHT, STRIPS, BLOCKS = range(
-    16
-)
-GAMMA, BETA, MEAN, M2, RSTD, DGAMMA, DBETA, PARTS, AFFINE, RUNNING_MEAN, RUNNING_VAR = range(16, 27)
-FIXED, DERIVE, FINITE, EPS, MOMENTUM = range(27, 32)
+(
+    BUILD, NEXT, DONE, NEXT_AGAIN, DONE_AGAIN, NEXT_OUTPUT, READY, AGAIN, X, Y, DY, DX, RESIDUAL, DRESIDUAL, SAMPLES,
+    CHANNELS, PLACES, WIDTH, HEIGHT, STRIPS, BLOCKS, GAMMA, BETA, MEAN, M2, RSTD, DGAMMA, DBETA, PARTS, AFFINE,
+    RUNNING_MEAN, RUNNING_VAR, FIXED, DERIVE, PAST_CACHE, FINITE, EPS, MOMENTUM,
+) = range(len(_WORDS) + 2)  # fmt: skip

@@ -17,26 +17,30 @@ from typing import Any, NamedTuple
 
 from numba import cfunc, types
 
-from batchnorm.kernels import planes, pool, row_gradients, rows
+from batchnorm.kernels import planes, pool, rows
 from batchnorm.kernels.activations import CODES
 from batchnorm.kernels.arguments import Arguments, build_number
+from batchnorm.kernels.runs import LINE
 
 __all__ = ["KINDS", "Arguments", "Plan", "arguments", "backward", "compiled", "forward", "notes", "plan"]
 
 KINDS = {"float32": types.float32, "float64": types.float64, "bfloat16": types.uint16, "float16": types.int16}
 """The dtypes, and the type that Numba sees."""
-# bytes of a block of rows
-BLOCK = 1 << 18
-# columns of a strip, at most
-WIDEST = 4096
+# values of a task over rows: an eighth of all, and not more nor less than
+LEAST, MOST = 1 << 13, 1 << 17
+# values that lie side by side, and bytes of all samples, up to which channels are treated together
+RUN, SLAB = 2048, 1 << 18
+# columns of a strip, at least, where there are as many
+NARROW = 64
 # places up to which planes are treated as rows
 SMALL_PLANE = 36
+# bytes of outputs that no cache would hold until they are read; past it only whole lines go
+LARGE = 3 << 23
 # values that are worth a thread
 GRAIN = 1 << 15
 
 _log = logging.getLogger("batchnorm.kernels")
 _compiling = threading.RLock()
-_kept: dict[str, str] = {}
 
 
 class Plan(NamedTuple):
@@ -51,24 +55,40 @@ class Plan(NamedTuple):
     strips: int
     blocks: int
     threads: int
+    past_cache: bool
 
 
 @lru_cache(maxsize=4096)
 def plan(layout: str, samples: int, channels: int, places: int, itemsize: int, most: int) -> Plan:
     """Divide a batch: ``"planes"`` of ``(N, C, places)``, or ``samples`` ``"rows"`` of ``C`` channels."""
     threads = max(1, min(most, samples * channels * places // GRAIN))
-    if layout == "planes" and places > SMALL_PLANE:
-        return Plan(layout, samples, channels, places, 0, 0, 0, 0, min(threads, channels))
-    width = min(channels, max(1, WIDEST // places))
+    divide = _planes if layout == "planes" and places > SMALL_PLANE else _rows
+    return divide(samples, channels, places, itemsize, threads)
+
+
+def _planes(samples: int, channels: int, places: int, itemsize: int, threads: int) -> Plan:
+    width = max(1, min(planes.MOST, RUN // places, SLAB // (samples * places * itemsize), channels // 8))
     strips = -(-channels // width)
-    height = min(samples, max(16, BLOCK // (width * places * itemsize)))
-    blocks = -(-samples // height)
-    return Plan("rows", samples, channels, places, width, height, strips, blocks, min(threads, strips * blocks))
+    past_cache = samples * channels * places * itemsize >= LARGE and places * itemsize % LINE == 0
+    return Plan("planes", samples, channels, places, width, 0, strips, 0, min(threads, strips), past_cache)
+
+
+def _rows(samples: int, channels: int, places: int, itemsize: int, threads: int) -> Plan:
+    size, widest = samples * channels * places, min(channels, max(1, rows.WIDEST // places))
+    task = min(max(size // 8, LEAST), MOST)
+    height = min(samples, max(2 * rows.TILE, task // (widest * places)))
+    width = widest if height < samples else min(widest, max(NARROW, task // samples) // (16 * places) * 16 or 16)
+    strips, blocks = -(-channels // width), -(-samples // height)
+    # rows that do not follow each other are read together, and would write parts of lines
+    past_cache = size * itemsize >= LARGE and width == channels and channels * places * itemsize % LINE == 0
+    return Plan(
+        "rows", samples, channels, places, width, height, strips, blocks, min(threads, strips * blocks), past_cache
+    )
 
 
 @lru_cache(maxsize=4096)
 def _template(how: Plan) -> bytes:
-    sizes = {name: v for name, v in how._asdict().items() if name not in ("layout", "threads")}
+    sizes = {name: v for name, v in how._asdict().items() if name not in ("layout", "threads", "past_cache")}
     return bytes(Arguments(build=build_number(), **sizes))
 
 
@@ -80,15 +100,15 @@ def arguments(how: Plan) -> Arguments:
 _MAKERS: dict[tuple[str, str], Any] = {
     ("planes", "forward"): planes.forward,
     ("planes", "backward"): planes.backward,
-    ("rows", "measure"): rows.measure,
-    ("rows", "apply"): rows.apply,
-    ("rows", "sums"): row_gradients.sums,
-    ("rows", "derive"): row_gradients.derive,
+    ("rows", "forward"): rows.forward,
+    ("rows", "backward"): rows.backward,
 }
 Key = tuple[str, str, str, str | None, int]
 _addresses: dict[Key, int] = {}
 _alive: list[Any] = []
 _notes: list[str] = []
+# seconds of what was compiled in this process
+_said: list[float] = []
 
 
 def compiled(layout: str, part: str, kind: str, activation: str | None, adds: int) -> int:
@@ -98,19 +118,14 @@ def compiled(layout: str, part: str, kind: str, activation: str | None, adds: in
 
 
 def _compile(key: Key) -> int:
-    layout, part, kind, *_ = key
+    layout, part, kind, activation, adds = key
     with _compiling:
         if key not in _addresses:
             make = _MAKERS[layout, part]
-            kernel = _loaded(make(*_frozen(key)), KINDS[kind])
+            kernel = _loaded(make(build_number(), CODES[activation], adds), KINDS[kind])
             _alive.append(kernel)
             _addresses[key] = kernel.address
         return _addresses[key]
-
-
-def _frozen(key: Key) -> tuple[int, ...]:
-    _, part, _, activation, adds = key
-    return (build_number(),) if part == "measure" else (build_number(), CODES[activation], adds)
 
 
 def _loaded(body: Any, element: Any) -> Any:
@@ -123,8 +138,19 @@ def _loaded(body: Any, element: Any) -> Any:
         _notes.append(f"kernels are compiled again in every process: {error}")
         kernel = cfunc(signature, error_model="numpy")(body)
     if kernel.cache_hits == 0:
-        _log.info("compiled a kernel in %.1f s, which later processes load", time.perf_counter() - started)
+        _say(time.perf_counter() - started)
     return kernel
+
+
+def _say(seconds: float) -> None:
+    first = not _said
+    _said.append(seconds)
+    _log.log(
+        logging.WARNING if first else logging.INFO,
+        "compiled a kernel in %.1f s, which later processes load%s",
+        seconds,
+        "; there is one for each dtype, layout, direction and activation" if first else "",
+    )
 
 
 def notes() -> tuple[str, ...]:
@@ -133,21 +159,16 @@ def notes() -> tuple[str, ...]:
 
 
 def forward(how: Plan, kind: str, activation: str | None, adds: bool, given: Arguments) -> None:
-    """Run the kernels of ``y``; what they find is where the arguments point."""
-    of_rows = ["apply"] if given.fixed else ["measure", "apply"]
-    parts = ["forward"] if how.layout == "planes" else of_rows
-    _run(parts, how, kind, activation, int(adds), given)
+    """Run the kernel of ``y``; what it finds is where the arguments point."""
+    _run("forward", how, kind, activation, int(adds), given)
 
 
 def backward(how: Plan, kind: str, activation: str | None, adds: int, given: Arguments) -> None:
-    """Run the kernels of the gradients; ``adds`` is 1 where ``residual`` was added, 2 where the output stands in its place."""
-    of_rows = ["sums", "derive"] if given.derive else ["sums"]
-    parts = ["backward"] if how.layout == "planes" else of_rows
-    _run(parts, how, kind, activation, adds, given)
+    """Run the kernel of the gradients; ``adds`` is 1 where ``residual`` was added, 2 where the output stands in its place."""
+    _run("backward", how, kind, activation, adds, given)
 
 
-def _run(parts: list[str], how: Plan, kind: str, activation: str | None, adds: int, given: Arguments) -> None:
-    for part in parts:
-        key = (how.layout, part, kind, None, 0) if part == "measure" else (how.layout, part, kind, activation, adds)
-        given.next = given.done = 0
-        pool.run(compiled(*key), given, how.threads)
+def _run(part: str, how: Plan, kind: str, activation: str | None, adds: int, given: Arguments) -> None:
+    # outputs of the other direction have no address
+    given.past_cache = how.past_cache and (given.y | given.dx | given.dresidual) % LINE == 0
+    pool.run(compiled(how.layout, part, kind, activation, adds), given, how.threads)

@@ -1,10 +1,9 @@
-"""Kernels for contiguous ``(N, C, *spatial)``: one channel at a time, so that its second reading comes from the cache."""
+"""Kernels for contiguous ``(N, C, *spatial)``: a few channels at a time, so that their second reading comes from the cache."""
 
 from typing import Any
 
 from numba import njit
 
-from batchnorm.kernels.activations import activate, slope, slope_by_output
 from batchnorm.kernels.arguments import (
     BUILD,
     CHANNELS,
@@ -15,72 +14,106 @@ from batchnorm.kernels.arguments import (
     DY,
     FIXED,
     NEXT,
+    PAST_CACHE,
     PLACES,
     RESIDUAL,
     SAMPLES,
+    STRIPS,
+    WIDTH,
     X,
     Y,
 )  # fmt: skip
-from batchnorm.kernels.scalars import add_to_slot, coarse, fused, get, like, pointer, put, slot, take
-from batchnorm.kernels.statistics import affine_of, backward_affine, keep, move_running
+from batchnorm.kernels.runs import CHUNK, add_distances, add_gradients, ask_for, write_gradients, write_outputs
+from batchnorm.kernels.scalars import (
+    add_to_slot,
+    after,
+    cleared,
+    coarse,
+    like,
+    pointer,
+    scratch,
+    scratch_reals,
+    settle,
+    slot,
+    small,
+    take,
+    zero_of,
+)
+from batchnorm.kernels.statistics import affine_of, backward_affine, is_far, keep, move_running, rest_of
 
-__all__ = ["SUMS", "backward", "forward"]
+__all__ = ["MOST", "backward", "forward"]
 
-# values that are added in float32 before their sum is added in float64
-CHUNK = 2048
-# sums are of distances from a first estimate of the mean; further off than this, in deviations, and they are taken again
-FAR = 4.0
-SUMS = {"reassoc", "contract", "nsz"}
-
-
-@njit(forceinline=True, error_model="numpy")
-def centred(x: Any, index: int, mean: Any) -> Any:
-    """Return an element's distance from a mean, which must not be reordered: the distance is small, both are not."""
-    return get(x, index) - mean
-
-
-@njit(fastmath=SUMS, error_model="numpy")
-def distances(x: Any, start: int, stop: int, mean: Any) -> Any:
-    """Return the sums of the distances from a mean and of their squares, over elements that lie side by side."""
-    total, squares = 0.0, 0.0
-    while start < stop:
-        end = min(start + CHUNK, stop)
-        s, q = like(mean, 0), like(mean, 0)
-        for i in range(start, end):
-            t = centred(x, i, mean)
-            s += t
-            q += t * t
-        total += s
-        squares += q
-        start = end
-    return total, squares
+# channels of a task, at most
+MOST = 32
+# eight lanes of two sums each
+TOTALS = 16 * MOST
+# mean, scale and shift
+AFFINES = 3 * MOST
 
 
 @njit(error_model="numpy")
-def around(x: Any, samples: int, stride: int, first: int, places: int, mean: Any) -> Any:
-    """Return the rest of a channel's mean, and its m2."""
-    total, squares = 0.0, 0.0
+def total(totals: Any, first: int) -> float:
+    """Return the sum of eight lanes."""
+    found = 0.0
+    for i in range(first, first + 8):
+        found += totals[i]
+    return found
+
+
+@njit(error_model="numpy")
+def around(x: Any, samples: int, stride: int, first: int, places: int, channels: int, means: Any, totals: Any) -> None:
+    """Add up the distances of some channels from a mean of each, in the order that they lie in memory."""
+    cleared(totals, 16 * channels)
     for n in range(samples):
-        s, q = distances(x, first + n * stride, first + n * stride + places, mean)
-        total += s
-        squares += q
-    rest = total / (samples * places)
-    m2 = squares - total * rest
-    return rest, (0.0 if m2 < 0.0 else m2)
+        ask_for(x, first + (n + 1) * stride)
+        for c in range(channels):
+            start = first + n * stride + c * places
+            add_distances(x, start, places, means[c], after(totals, 16 * c))
 
 
 @njit(error_model="numpy")
-def measure(x: Any, samples: int, stride: int, first: int, places: int) -> Any:
-    """Return mean and m2 of a channel."""
-    zero = like(get(x, first), 0)
+def sums_of(totals: Any, channel: int) -> Any:
+    """Return the two sums of a channel."""
+    return total(totals, 16 * channel), total(totals, 16 * channel + 8)
+
+
+@njit(error_model="numpy")
+def three(numbers: Any, channel: int) -> Any:
+    """Return the three numbers of a channel."""
+    return numbers[3 * channel], numbers[3 * channel + 1], numbers[3 * channel + 2]
+
+
+@njit(error_model="numpy")
+def measure(p: Any, x: Any, channel: int, channels: int, means: Any, totals: Any) -> None:
+    """Find mean and m2 of some channels: sums of distances from an estimate, taken again where that is far off."""
+    samples, places = slot(p, SAMPLES), slot(p, PLACES)
+    stride, first, count = slot(p, CHANNELS) * places, channel * places, samples * places
+    zero = zero_of(x)
     known = min(places, CHUNK)
-    near, _ = distances(x, first, first + known, zero)
-    mean = coarse(x, like(zero, near / known))
-    rest, m2 = around(x, samples, stride, first, places, mean)
-    if rest * rest * (samples * places) > FAR * FAR * m2:
-        mean = coarse(x, like(zero, mean + rest))
-        rest, m2 = around(x, samples, stride, first, places, mean)
-    return mean + rest, m2
+    cleared(totals, 16 * channels)
+    for c in range(channels):
+        start = first + c * places
+        add_distances(x, start, known, zero, after(totals, 16 * c))
+        means[c] = coarse(x, like(zero, total(totals, 16 * c) / known))
+    around(x, samples, stride, first, places, channels, means, totals)
+    for c in range(channels):
+        rest, m2 = rest_of(*sums_of(totals, c), count)
+        mean = means[c]
+        if is_far(rest, m2, count):
+            mean = coarse(x, like(zero, mean + rest))
+            means[0] = mean
+            here = after(totals, 16 * c)
+            around(x, samples, stride, first + c * places, places, 1, means, here)
+            rest, m2 = rest_of(*sums_of(here, 0), count)
+        keep(p, channel + c, count, mean + rest, m2)
+
+
+@njit(error_model="numpy")
+def affines(p: Any, zero: Any, channel: int, channels: int, found: Any) -> None:
+    """Write mean, scale and shift of some channels."""
+    small()
+    for c in range(channels):
+        found[3 * c], found[3 * c + 1], found[3 * c + 2] = affine_of(p, zero, channel + c)
 
 
 def forward(build: int, act: int, adds: int) -> Any:
@@ -91,62 +124,28 @@ def forward(build: int, act: int, adds: int) -> Any:
             return
         x, y, residual = pointer(p, X), pointer(p, Y), pointer(p, RESIDUAL)
         samples, channels, places = slot(p, SAMPLES), slot(p, CHANNELS), slot(p, PLACES)
-        count, stride, fixed = samples * places, channels * places, slot(p, FIXED)
-        zero = like(get(x, 0), 0)
+        width, tasks, past_cache = slot(p, WIDTH), slot(p, STRIPS), slot(p, PAST_CACHE)
+        totals, means, found = scratch_reals(TOTALS), scratch(p, MOST), scratch(p, AFFINES)
         done = 0
         while True:
-            channel = take(p, NEXT)
-            if channel >= channels:
+            task = take(p, NEXT)
+            if task >= tasks:
                 break
-            first = channel * places
-            if fixed == 0:
-                mean, m2 = measure(x, samples, stride, first, places)
-                keep(p, channel, count, mean, m2)
-            centre, scale, shift = affine_of(p, zero, channel)
+            channel = task * width
+            some = min(width, channels - channel)
+            if slot(p, FIXED) == 0:
+                measure(p, x, channel, some, means, totals)
+            affines(p, zero_of(x), channel, some, found)
             for n in range(samples):
-                start = first + n * stride
-                for i in range(start, start + places):
-                    z = fused(get(x, i) - centre, scale, shift)
-                    if adds != 0:
-                        z = z + get(residual, i)
-                    put(y, i, activate(act, z))
+                for c in range(some):
+                    start = (n * channels + channel + c) * places
+                    write_outputs(act, adds, x, y, residual, start, places, three(found, c), past_cache)
             done += 1
-        if done > 0 and fixed == 0 and add_to_slot(p, DONE, done) == channels:
-            move_running(p, count)
+        settle()
+        if done > 0 and slot(p, FIXED) == 0 and add_to_slot(p, DONE, done) == tasks:
+            move_running(p, samples * places)
 
     return kernel
-
-
-@njit(forceinline=True, error_model="numpy")
-def gradient(act: int, adds: int, x: Any, dy: Any, residual: Any, i: int, t: Any, scale: Any, shift: Any) -> Any:
-    """Return the gradient before the activation."""
-    if act == 0:
-        return get(dy, i)
-    if adds == 2:
-        return get(dy, i) * slope_by_output(act, get(residual, i))
-    z = fused(t, scale, shift)
-    if adds == 1:
-        z = z + get(residual, i)
-    return get(dy, i) * slope(act, z)
-
-
-@njit(forceinline=True, fastmath=SUMS, error_model="numpy")
-def gradient_sums(act: int, adds: int, x: Any, dy: Any, residual: Any, start: int, stop: int, affine: Any) -> Any:
-    """Return the sums of d and of d · (x - mean), over elements that lie side by side."""
-    centre, scale, shift = affine
-    plain, distant = 0.0, 0.0
-    while start < stop:
-        end = min(start + CHUNK, stop)
-        s, q = like(centre, 0), like(centre, 0)
-        for i in range(start, end):
-            t = centred(x, i, centre)
-            d = gradient(act, adds, x, dy, residual, i, t, scale, shift)
-            s += d
-            q += d * t
-        plain += s
-        distant += q
-        start = end
-    return plain, distant
 
 
 def backward(build: int, act: int, adds: int) -> Any:
@@ -158,34 +157,33 @@ def backward(build: int, act: int, adds: int) -> Any:
         x, dy, dx = pointer(p, X), pointer(p, DY), pointer(p, DX)
         residual, dresidual = pointer(p, RESIDUAL), pointer(p, DRESIDUAL)
         samples, channels, places = slot(p, SAMPLES), slot(p, CHANNELS), slot(p, PLACES)
-        stride, derive, keeps = channels * places, slot(p, DERIVE), slot(p, DRESIDUAL)
-        zero = like(get(x, 0), 0)
+        width, tasks, past_cache = slot(p, WIDTH), slot(p, STRIPS), slot(p, PAST_CACHE)
+        totals, found, steps = scratch_reals(TOTALS), scratch(p, AFFINES), scratch(p, AFFINES)
         while True:
-            channel = take(p, NEXT)
-            if channel >= channels:
+            task = take(p, NEXT)
+            if task >= tasks:
                 break
-            first = channel * places
-            affine = affine_of(p, zero, channel)
-            centre, scale, shift = affine
-            plain, distant = 0.0, 0.0
+            channel = task * width
+            some = min(width, channels - channel)
+            affines(p, zero_of(x), channel, some, found)
+            cleared(totals, 16 * some)
             for n in range(samples):
-                start = first + n * stride
-                s, q = gradient_sums(act, adds, x, dy, residual, start, start + places, affine)
-                plain += s
-                distant += q
-            a, b, c = backward_affine(p, zero, channel, samples * places, plain, distant)
-            for n in range(samples if derive != 0 else 0):
-                start = first + n * stride
-                if adds != 0 and keeps != 0:
-                    for i in range(start, start + places):
-                        t = get(x, i) - centre
-                        d = gradient(act, adds, x, dy, residual, i, t, scale, shift)
-                        put(dresidual, i, d)
-                        put(dx, i, fused(a, d, fused(b, t, c)))
-                else:
-                    for i in range(start, start + places):
-                        t = get(x, i) - centre
-                        d = gradient(act, adds, x, dy, residual, i, t, scale, shift)
-                        put(dx, i, fused(a, d, fused(b, t, c)))
+                following = ((n + 1) * channels + channel) * places
+                ask_for(x, following)
+                ask_for(dy, following)
+                for c in range(some):
+                    start = (n * channels + channel + c) * places
+                    here = after(totals, 16 * c)
+                    add_gradients(act, adds, x, dy, residual, start, places, three(found, c), here)
+            for c in range(some):
+                plain, distant = sums_of(totals, c)
+                step = backward_affine(p, zero_of(x), channel + c, samples * places, plain, distant)
+                steps[3 * c], steps[3 * c + 1], steps[3 * c + 2] = step
+            for n in range(samples if slot(p, DERIVE) != 0 else 0):
+                for c in range(some):
+                    start = (n * channels + channel + c) * places
+                    affine, step = three(found, c), three(steps, c)
+                    write_gradients(act, adds, x, dy, residual, dx, dresidual, start, places, affine, step, past_cache)
+        settle()
 
     return kernel

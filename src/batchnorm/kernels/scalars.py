@@ -1,66 +1,64 @@
-"""What the kernels need of single values and addresses, and Numba does not have: half precision, atomics, fused products.
+"""What the kernels need of single values and addresses, and Numba does not have: the argument block, atomics, scratch."""
 
-Elements are typed by how they are stored: ``float32``, ``float64``, ``uint16`` for bfloat16 and ``int16`` for float16. They are
-computed with in float32, and in float64 where they are stored in it.
-"""
-
+import sys
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
+from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
-from numba.np.arrayobj import make_array
+
+from batchnorm.kernels.lanes import computed, llvm_of
 
 __all__ = [
-    "add_to",
     "add_to_slot",
+    "after",
+    "apart",
+    "cleared",
     "coarse",
-    "floor",
-    "fused",
-    "get",
     "like",
-    "of",
     "parameters",
     "pointer",
-    "power_of_two",
-    "put",
     "real",
     "reals",
+    "scratch",
+    "scratch_reals",
     "set_slot",
+    "settle",
     "slot",
+    "small",
     "take",
+    "wait_for",
+    "zero_of",
 ]
 
-# What is read, what is written and what is added up never overlap: told to the compiler, which otherwise asks before each row.
-_WRITTEN, _SUMMED = "written", "summed"
-
-
-def _apart(builder: Any, instruction: Any, scope: str | None, *others: str) -> Any:
-    """Mark a load or a store as one of a scope that never overlaps others."""
-    module = builder.module
-
-    def scopes(names: tuple[str, ...]) -> Any:
-        domain = module.add_metadata(["batchnorm"])
-        return module.add_metadata([module.add_metadata([name, domain]) for name in names])
-
-    if scope is not None:
-        instruction.set_metadata("alias.scope", scopes((scope,)))
-    instruction.set_metadata("noalias", scopes(others))
-    return instruction
-
-
-_WORDS = types.CPointer(types.int64)
 _REALS = types.CPointer(types.float64)
-
-
-def computed(stored: Any) -> Any:
-    """Return the type that elements of a stored type are computed with."""
-    return types.float64 if stored == types.float64 else types.float32
 
 
 def _slot_at(builder: Any, block: Any, number: Any) -> Any:
     words = builder.bitcast(block, ir.IntType(64).as_pointer())
     return builder.gep(words, [number])
+
+
+def _attributed(*attributes: str) -> Any:
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        for attribute in attributes:
+            builder.function.attributes.add(attribute)
+        return context.get_dummy_value()
+
+    return types.void(), build
+
+
+@intrinsic
+def apart(context: Any) -> Any:
+    """Have the function that is compiled stay a function, which is compiled once for all kernels."""
+    return _attributed("noinline")
+
+
+@intrinsic
+def small(context: Any) -> Any:
+    """Have the function that is compiled stay a function, of few instructions."""
+    return _attributed("noinline", "optsize")
 
 
 @intrinsic
@@ -147,6 +145,44 @@ def add_to_slot(context: Any, p: Any, number: Any, value: Any) -> Any:
 
 
 @intrinsic
+def wait_for(context: Any, p: Any, number: Any, least: Any) -> Any:
+    """Wait until an integer of the argument block has been counted up to a number; others have their turn meanwhile."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        block, number, least = args
+        look, rest, over = (builder.append_basic_block(name) for name in ("look", "rest", "over"))
+        builder.branch(look)
+        builder.position_at_end(look)
+        found = builder.load_atomic(_slot_at(builder, block, number), "acquire", 8)
+        builder.cbranch(builder.icmp_signed("<", found, least), rest, over)
+        builder.position_at_end(rest)
+        _yield(builder)
+        builder.branch(look)
+        builder.position_at_end(over)
+        return context.get_dummy_value()
+
+    return types.void(p, types.int64, types.int64), build
+
+
+def _yield(builder: Any) -> None:
+    if sys.platform == "win32":
+        return
+    kind = ir.FunctionType(ir.IntType(32), [])
+    builder.call(get_or_insert_function(builder.module, kind, "sched_yield"), [])
+
+
+@intrinsic
+def settle(context: Any) -> Any:
+    """Have what was written past the cache be where others see it."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), build
+
+
+@intrinsic
 def coarse(context: Any, p: Any, value: Any) -> Any:
     """Return a float32 with the few digits that elements of half precision have: its distance from them is exact."""
 
@@ -170,106 +206,50 @@ def like(context: Any, z: Any, value: Any) -> Any:
 
 
 @intrinsic
-def floor(context: Any, z: Any) -> Any:
-    """Return the largest whole number that is not above ``z``, as a float."""
+def zero_of(context: Any, p: Any) -> Any:
+    """Return 0 in the type that elements are computed with."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.call(builder.module.declare_intrinsic("llvm.floor", [args[0].type]), args)
+        return llvm_of(p.dtype)(0.0)
 
-    return z(z), build
+    return computed(p.dtype)(p), build
 
 
 @intrinsic
-def power_of_two(context: Any, n: Any) -> Any:
-    """Return ``2^n`` of a whole number in float32."""
+def after(context: Any, p: Any, offset: Any) -> Any:
+    """Return the address of an element."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        word = ir.IntType(32)
-        exponent = builder.add(builder.fptosi(args[0], word), word(127))
-        return builder.bitcast(builder.shl(exponent, word(23)), ir.FloatType())
+        return builder.gep(args[0], [args[1]])
 
-    return types.float32(types.float32), build
+    return p(p, types.int64), build
 
 
-@intrinsic
-def fused(context: Any, a: Any, b: Any, c: Any) -> Any:
-    """Return ``a · b + c``, rounded once where the processor can: the same in every kernel."""
+@intrinsic(prefer_literal=True)
+def scratch(context: Any, p: Any, count: Any) -> Any:
+    """Return memory of this call for some numbers in the type that is computed with."""
+    return types.CPointer(computed(p.dtype))(p, count), _reserve(llvm_of(p.dtype), count)
 
+
+@intrinsic(prefer_literal=True)
+def scratch_reals(context: Any, count: Any) -> Any:
+    """Return memory of this call for some float64."""
+    return _REALS(count), _reserve(ir.DoubleType(), count)
+
+
+def _reserve(kind: Any, count: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = args[0].type
-        return builder.call(
-            builder.module.declare_intrinsic("llvm.fmuladd", [kind], ir.FunctionType(kind, [kind] * 3)), args
-        )
+        # Numba's own would fill it with zeros, in one store that takes the compiler a second
+        with builder.goto_entry_block():
+            place = builder.alloca(ir.ArrayType(kind, count.literal_value))
+        place.align = 64
+        return builder.bitcast(place, kind.as_pointer())
 
-    return a(a, a, a), build
-
-
-@intrinsic
-def get(context: Any, p: Any, index: Any) -> Any:
-    """Return an element, in the type that is computed with."""
-    stored = p.dtype
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value = _apart(builder, builder.load(builder.gep(args[0], [args[1]])), None, _WRITTEN, _SUMMED)
-        if stored == types.uint16:
-            return builder.bitcast(builder.shl(builder.zext(value, ir.IntType(32)), ir.IntType(32)(16)), ir.FloatType())
-        if stored == types.int16:
-            return builder.fpext(builder.bitcast(value, ir.HalfType()), ir.FloatType())
-        return value
-
-    return computed(stored)(p, types.int64), build
+    return build
 
 
-@intrinsic
-def put(context: Any, p: Any, index: Any, value: Any) -> Any:
-    """Store an element, rounded to the nearest."""
-    stored = p.dtype
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        place, value = builder.gep(args[0], [args[1]]), args[2]
-        if stored == types.uint16:
-            value = _to_bfloat16(builder, value)
-        elif stored == types.int16:
-            value = builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
-        _apart(builder, builder.store(value, place), _WRITTEN, _SUMMED)
-        return context.get_dummy_value()
-
-    return types.void(p, types.int64, computed(stored)), build
-
-
-def _place(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
-    return builder.gep(make_array(kind)(context, builder, array).data, [index])
-
-
-@intrinsic
-def of(context: Any, array: Any, index: Any) -> Any:
-    """Return an element of a small array that is not written meanwhile."""
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        load = builder.load(_place(context, builder, array, *args))
-        return _apart(builder, load, None, _WRITTEN, _SUMMED)
-
-    return array.dtype(array, types.int64), build
-
-
-@intrinsic
-def add_to(context: Any, array: Any, index: Any, value: Any) -> Any:
-    """Add to an element of a small array of sums."""
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        place = _place(context, builder, array, *args[:2])
-        old = _apart(builder, builder.load(place), _SUMMED, _WRITTEN)
-        _apart(builder, builder.store(builder.fadd(old, args[2], flags=("reassoc",)), place), _SUMMED, _WRITTEN)
-        return context.get_dummy_value()
-
-    return types.void(array, types.int64, array.dtype), build
-
-
-def _to_bfloat16(builder: Any, value: Any) -> Any:
-    word = ir.IntType(32)
-    bits = builder.bitcast(value, word)
-    even = builder.and_(builder.lshr(bits, word(16)), word(1))
-    rounded = builder.add(bits, builder.add(even, word(0x7FFF)))
-    # rounding would carry some NaN into infinity
-    chosen = builder.select(builder.fcmp_unordered("uno", value, value), word(0x7FC00000), rounded)
-    return builder.trunc(builder.lshr(chosen, word(16)), ir.IntType(16))
+@njit(error_model="numpy")
+def cleared(numbers: Any, count: int) -> None:
+    """Write zeros."""
+    for i in range(count):
+        numbers[i] = 0.0

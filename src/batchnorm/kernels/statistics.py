@@ -21,14 +21,32 @@ from batchnorm.kernels.arguments import (
     RUNNING_MEAN,
     RUNNING_VAR,
 )  # fmt: skip
-from batchnorm.kernels.scalars import like, parameters, real, reals, set_slot, slot
+from batchnorm.kernels.scalars import like, parameters, real, reals, set_slot, slot, small
 
-__all__ = ["affine_of", "backward_affine", "keep", "move_running"]
+__all__ = ["affine_of", "backward_affine", "is_far", "keep", "move_running", "rest_of"]
+
+# sums are of distances from a first estimate of the mean; further off than this, in deviations, and they are taken again
+FAR = 2.0
+
+
+@njit(error_model="numpy")
+def rest_of(plain: float, squares: float, count: int) -> Any:
+    """Return what the estimate of a mean lacks, and m2, from the sums of distances and of their squares."""
+    rest = plain / count
+    m2 = squares - plain * rest
+    return rest, (0.0 if m2 < 0.0 else m2)
+
+
+@njit(error_model="numpy")
+def is_far(rest: float, m2: float, count: int) -> bool:
+    """Whether an estimate lay so far off that the sums have lost digits."""
+    return rest * rest * count > FAR * FAR * m2
 
 
 @njit(error_model="numpy")
 def keep(p: Any, channel: int, count: int, mean: float, m2: float) -> None:
     """Write what was measured of a channel."""
+    small()
     reals(p, MEAN)[channel] = mean
     reals(p, M2)[channel] = m2
     reals(p, RSTD)[channel] = 1 / math.sqrt(m2 / count + real(p, EPS))
@@ -43,6 +61,7 @@ def gain(p: Any, channel: int) -> float:
 @njit(error_model="numpy")
 def affine_of(p: Any, zero: Any, channel: int) -> Any:
     """Return mean, scale and shift of ``(x - mean) · scale + shift`` in the type of ``zero``; the shift mends the mean."""
+    small()
     exact = reals(p, MEAN)[channel]
     mean = like(zero, exact)
     scale = gain(p, channel) * reals(p, RSTD)[channel]
@@ -53,6 +72,7 @@ def affine_of(p: Any, zero: Any, channel: int) -> Any:
 @njit(error_model="numpy")
 def backward_affine(p: Any, zero: Any, channel: int, count: int, plain: float, distant: float) -> Any:
     """Return a, b, c of ``dx = a·d + b·(x - mean) + c`` from the sums of d and of d·(x - mean), and write dγ and dβ."""
+    small()
     exact, rstd = reals(p, MEAN)[channel], reals(p, RSTD)[channel]
     rest = exact - like(zero, exact)
     distant -= rest * plain
@@ -69,6 +89,7 @@ def backward_affine(p: Any, zero: Any, channel: int, count: int, plain: float, d
 @njit(error_model="numpy")
 def move_running(p: Any, count: int) -> None:
     """Move the running statistics by a step, if everything is finite and stays so; otherwise move nothing, and say so."""
+    small()
     mean, m2, momentum = reals(p, MEAN), reals(p, M2), real(p, MOMENTUM)
     channels, unbiased = slot(p, CHANNELS), 1 / max(1, count - 1)
     finite = 0.0

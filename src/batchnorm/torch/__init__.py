@@ -1,6 +1,7 @@
 """Batch normalization for PyTorch."""
 
 from batchnorm.torch.accumulation import accumulate as accumulate
+from batchnorm.torch.buffers import keep_memory as keep_memory
 from batchnorm.torch.choice import force as force
 from batchnorm.torch.domains import add_domains as add_domains
 from batchnorm.torch.domains import domain as domain

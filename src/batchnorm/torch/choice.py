@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -85,8 +86,11 @@ def choose(
     running: Tensor | None,
     *,
     few: int = FEW,
+    at_hand: bool = False,
 ) -> Choice:
     """Choose for a batch: the kernel from ``few`` values on, unless something forbids it.
+
+    ``at_hand`` says that `is_eager` was asked.
 
     Raises:
         KernelError: the kernel is forced, and can't run.
@@ -98,13 +102,17 @@ def choose(
             raise KernelError(f"the kernel is forced and can't run: {against}; take force('aten') or no force at all")
         return Choice(forced, "it is forced")
     if x.numel() < few:
-        return _TINY
-    against = obstacle(x, weight, bias, residual, running)
+        return _tiny(few)
+    against = (obstacle if not at_hand else _beside)(x, weight, bias, residual, running)
     return Choice("aten", against) if against else _KERNEL
 
 
 _KERNEL = Choice("kernel", "everything fits")
-_TINY = Choice("aten", f"fewer than {FEW:,} values: a call costs more than the work")
+
+
+@lru_cache(maxsize=1024)
+def _tiny(few: int) -> Choice:
+    return Choice("aten", f"fewer than {few:,} values: a call costs more than the work")
 
 
 def obstacle(
@@ -113,6 +121,12 @@ def obstacle(
     """Say why the kernel can't run, or nothing."""
     if not is_eager(x):
         return f"it needs values in the memory of the processor, outside of compilers and transforms, got {_kind(x)}"
+    return _beside(x, weight, bias, residual, running)
+
+
+def _beside(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, running: Tensor | None
+) -> str:
     if forward_ad._current_level >= 0:
         return "it has no forward-mode derivative"
     if x.dtype not in DTYPES:

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from batchnorm.torch.choice import Choice, choose
+from batchnorm.torch import ops
+from batchnorm.torch.choice import FEW, Choice, choose
 from batchnorm.torch.fused import kernels
 from batchnorm.torch.layers import BatchNorm
 
@@ -32,7 +33,8 @@ def explain(layer: BatchNorm, x: Tensor, residual: Tensor | None = None) -> Choi
         aten: fewer than 8,192 values: a call costs more than the work
     """
     running = layer._buffers["running_mean"] if layer.training else None
-    choice = choose(x, layer.weight, layer.bias, residual, running)
+    few = ops.few_of(x, residual, layer.options.activation) if layer.training else FEW
+    choice = choose(x, layer.weight, layer.bias, residual, running, few=few)
     if choice.name == "kernel":
         return Choice("kernel", "; ".join((choice.reason, *kernels().notes())))
     return choice

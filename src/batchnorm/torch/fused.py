@@ -1,6 +1,5 @@
 """Normalization, residual and activation in one node of autograd, by the kernels."""
 
-import ctypes
 import sys
 from functools import lru_cache
 from importlib import import_module
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from batchnorm.torch.buffers import empty_like
 from batchnorm.torch.choice import is_eager
 from batchnorm.torch.derivatives import again, as_parameter, at_once
 from batchnorm.torch.recompute import active
@@ -20,10 +20,6 @@ __all__ = ["FEW", "Found", "Step", "forward", "gradients", "is_gated", "normaliz
 KINDS = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # values below which an evaluation is left to ATen
 FEW = 1 << 12
-# from this size on, memory comes from the system anew each time, in small pages unless larger ones are asked for
-HUGE = 1 << 25
-PAGE = 1 << 21
-MADV_HUGEPAGE = 14
 
 
 # activations whose slope can be told from their output
@@ -129,11 +125,12 @@ def forward(
     given = arguments(how, step, x, weight, bias)
     given.y, given.residual = y.data_ptr(), _address(residual)
     # the rows that are kept, and what the kernels need beside them
-    rows = torch.empty(3 + 2 * how.blocks, how.channels, dtype=torch.float64)
+    rows = torch.empty(4 + 2 * how.blocks, how.channels, dtype=torch.float64)
     if step.fixed is not None:
         torch.stack((step.fixed[0], step.fixed[0], step.fixed[1]), out=rows[:3])
     _locate(given, rows, how.channels)
-    given.parts = rows.data_ptr() + 24 * how.channels
+    given.affine = rows.data_ptr() + 24 * how.channels
+    given.parts = given.affine + 8 * how.channels
     if step.running is not None:
         given.running_mean, given.running_var = step.running[0].data_ptr(), step.running[1].data_ptr()
         given.momentum = step.momentum
@@ -202,20 +199,3 @@ def plan_of(x: Tensor) -> Any:
     if places == 1 or not x.is_contiguous():
         return kernels().plan("rows", samples * places, channels, 1, x.element_size(), torch.get_num_threads())
     return kernels().plan("planes", samples, channels, places, x.element_size(), torch.get_num_threads())
-
-
-def empty_like(x: Tensor) -> Tensor:
-    """Return a tensor like ``x``, in large pages where it is large: to get small ones costs more than the work."""
-    y = torch.empty_like(x)
-    size = y.numel() * y.element_size()
-    if size >= HUGE and sys.platform == "linux":
-        start = -(-y.data_ptr() // PAGE) * PAGE
-        _libc().madvise(start, (y.data_ptr() + size) // PAGE * PAGE - start, MADV_HUGEPAGE)
-    return y
-
-
-@lru_cache(maxsize=1)
-def _libc() -> Any:
-    libc = ctypes.CDLL(None)
-    libc.madvise.argtypes, libc.madvise.restype = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], ctypes.c_int
-    return libc

@@ -20,13 +20,14 @@ from batchnorm.arrays import namespace
 from batchnorm.functional import Renorm, batch_norm_backward, batch_norm_train
 from batchnorm.moments import Moments
 from batchnorm.torch import fused, operators
-from batchnorm.torch.choice import choose, is_eager
+from batchnorm.torch.choice import FEW, choose, is_eager
 from batchnorm.torch.options import ACTIVATIONS
 from batchnorm.torch.rows import FEW_ROWS, are_near, full, in_rows, normalize_rows, over_channels
 
 __all__ = [
     "dense",
     "evaluate",
+    "few_of",
     "followed",
     "has_no_values",
     "is_eager",
@@ -36,6 +37,9 @@ __all__ = [
     "renormalize",
 ]
 
+
+# values from which the kernels are quicker, where there are few rows
+FEW_IN_ROWS = 3 << 19
 
 # the namespaces that a compiler must find, not look for
 for _kind in (Tensor, torch.nn.Parameter):
@@ -68,7 +72,7 @@ def _normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
         return step.y, step.moments
     if torch.compiler.is_compiling():
         return _native(x, weight, bias, eps)
-    choice = choose(x, weight, bias, None, None)
+    choice = choose(x, weight, bias, None, None, few=few_of(x))
     if choice.name == "definition":
         step = batch_norm_train(x, weight, bias, eps=eps)
         return step.y, step.moments
@@ -87,6 +91,17 @@ def _normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
             return y, moments
     y, moments = normalize_rows(x, weight, bias, eps)
     return y, Moments(moments.count, torch.from_numpy(moments.mean), torch.from_numpy(moments.m2))
+
+
+def few_of(x: Tensor, residual: Any = None, activation: str | None = None) -> int:
+    """Return how many values of such a batch PyTorch's kernels normalize sooner, where nothing follows.
+
+    Few rows are what its kernels are best at, and its node of autograd costs less than one in Python.
+    """
+    alone = residual is None and activation is None
+    if alone and x.dtype == torch.float32 and in_rows(x) and x.numel() <= FEW_ROWS * x.shape[1]:
+        return FEW_IN_ROWS
+    return FEW
 
 
 def followed(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
@@ -125,10 +140,11 @@ def normalize_in_place(
 ) -> Tensor | None:
     """Return ``activation(normalize(x) + residual)`` and update the running statistics, in as few readings as there can be.
 
-    Returns ``None``, and changes nothing, if something is not finite. ``follow`` is the residual and the activation.
+    Returns ``None``, and changes nothing, if something is not finite. ``x`` is eager; ``follow`` is the residual and the
+    activation.
     """
     residual, activation = follow
-    choice = choose(x, weight, bias, residual, mean)
+    choice = choose(x, weight, bias, residual, mean, few=few_of(x, *follow), at_hand=True)
     if choice.name == "definition":
         return None
     if choice.name == "kernel":
