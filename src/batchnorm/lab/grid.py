@@ -1,12 +1,14 @@
 """Hand tasks to workers: local processes, a Dask cluster or a Ray cluster. Rows come back as they are finished."""
 
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -87,6 +89,20 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+@contextmanager
+def _ignored() -> Iterator[None]:
+    """Let processes that start inside of the context ignore Ctrl-C, which reaches them too: who started them ends them."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+        # only there can it be changed, and only what Python has set can be set again
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _processes(tasks: Sequence[Task], recipe: Recipe, data: Dataset, jobs: int) -> Finished:
     from joblib import Parallel, delayed, parallel_config
 
@@ -94,7 +110,9 @@ def _processes(tasks: Sequence[Task], recipe: Recipe, data: Dataset, jobs: int) 
     calls = (delayed(_train_for)(os.getpid(), os.getcwd(), task, recipe, data, environment) for task in tasks)
     try:
         with parallel_config(backend="loky", n_jobs=jobs, inner_max_num_threads=1):
-            yield from Parallel(return_as="generator_unordered", batch_size=1)(calls)
+            with _ignored():
+                finished = Parallel(return_as="generator_unordered", batch_size=1)(calls)
+            yield from finished
     except BrokenProcessPool as error:
         raise WorkerError(
             "a worker process died, perhaps for lack of memory; the finished runs are kept: the same command continues, "
