@@ -20,8 +20,9 @@ from batchnorm.functional import (
     batch_norm_train,
 )
 from batchnorm.kernels import cpu, pool
+from batchnorm.kernels.arguments import BUILD
 from batchnorm.torch import BatchNorm1d, BatchNorm2d, explain, force, fused
-from batchnorm.torch.fused import Step
+from batchnorm.torch.fused import Running, Step
 from batchnorm.torch.options import ACTIVATIONS
 from oracle import assert_near
 
@@ -235,11 +236,12 @@ def test_gamma_may_be_anything(name, gamma):
 @pytest.mark.parametrize("name", ["planes", "channels-last", "rows"])
 def test_running_statistics_move_by_one_step(name):
     case, w = Case(name), 0.3
-    running = torch.randn(case.shape[1]), torch.rand(case.shape[1])
-    before = [v.double().numpy() for v in running]
-    case.ours(None, running=running, momentum=w)
+    running = Running(torch.randn(case.shape[1]), torch.rand(case.shape[1]), torch.tensor(6), w)
+    before = [v.double().numpy() for v in running[:2]]
+    case.ours(None, running=running)
+    assert running.batches == 7
     step = batch_norm_train(case.x.double().numpy(), None, None, *before, decay=1 - w)
-    for got, want in zip(running, (step.running_mean, step.running_var), strict=True):
+    for got, want in zip(running[:2], (step.running_mean, step.running_var), strict=True):
         assert_near(got.numpy(), want, ulps=4)
 
 
@@ -248,22 +250,22 @@ def test_running_statistics_move_by_one_step(name):
 def test_what_is_not_finite_moves_no_statistics(name, bad):
     case = Case(name)
     case.x[0, 0] = bad
-    running = torch.zeros(case.shape[1]), torch.ones(case.shape[1])
-    *_, found = case.ours(None, running=running, momentum=0.1)
+    running = Running(torch.zeros(case.shape[1]), torch.ones(case.shape[1]), torch.tensor(6), 0.1)
+    *_, found = case.ours(None, running=running)
     assert not found.finite
+    assert running.batches == 6
     assert float(running[0].abs().sum()) == 0
     assert float((running[1] - 1).abs().sum()) == 0
 
 
 def test_a_block_of_other_sources_is_not_touched(monkeypatch):
-    plain = cpu.arguments
+    plain = cpu.forward
 
-    def of_others(how):
-        given = plain(how)
-        given.build += 1
-        return given
+    def of_others(how, kind, activation, adds, words):
+        words[BUILD] += 1
+        plain(how, kind, activation, adds, words)
 
-    monkeypatch.setattr(cpu, "arguments", of_others)
+    monkeypatch.setattr(cpu, "forward", of_others)
     assert bool(Case("rows").ours(None)[0].isnan().all())
 
 
@@ -340,11 +342,11 @@ def test_several_threads_of_python_may_call_at_once(name, two_threads):
 def test_what_goes_past_the_cache_is_the_same(name, monkeypatch):
     kept = run_big(name)
     monkeypatch.setattr(cpu, "LARGE", 1)
-    cpu.plan.cache_clear()
+    fused._planned.cache_clear()
     try:
         past = run_big(name)
     finally:
-        cpu.plan.cache_clear()
+        fused._planned.cache_clear()
     assert all(torch.equal(a, b) for a, b in zip(kept, past, strict=True))
 
 
@@ -427,7 +429,7 @@ def test_a_choice_can_be_asked_for():
     assert str(explain(layer, x[:1, :, :4, :4])).startswith("aten: fewer than")
     assert "float8" in explain(layer, x.to(torch.float8_e4m3fn)).reason
     assert "on meta" in explain(layer, x.to("meta")).reason
-    assert "γ must be float32" in explain(BatchNorm2d(8, dtype=torch.float64), x).reason
+    assert "γ must be 8 values of float32, got 8 of float64" in explain(BatchNorm2d(8, dtype=torch.float64), x).reason
     assert "running statistics" in explain(BatchNorm2d(8, dtype=torch.bfloat16), x.bfloat16()).reason
     assert "residual" in explain(layer, x, x[:1]).reason
 
@@ -448,12 +450,29 @@ def test_a_forced_kernel_that_cant_run_says_why():
     layer = BatchNorm1d(4)
     with force("kernel"), pytest.raises(KernelError, match="no value"):
         explain(layer, torch.zeros(0, 4))
-    with force("kernel"), pytest.raises(KernelError, match=r"γ must be float32 beside .* got float64"):
+    with force("kernel"), pytest.raises(KernelError, match="γ must be 4 values of float32, got 4 of float64 on cpu"):
         BatchNorm1d(4, dtype=torch.float64)(torch.randn(8, 4))
     with pytest.raises(OptionError, match="kernel, aten, definition"), force("cuda"):
         pass
     # after an error nothing is forced
     assert layer(torch.randn(8, 4)).shape == (8, 4)
+
+
+@pytest.mark.parametrize("shape", [(64, 8, 16, 16), (256, 512)])
+def test_parameters_that_a_kernel_cannot_read_are_left_to_torch(shape):
+    """It would read past their end, or from memory that is not there."""
+    x, channels = torch.randn(shape), shape[1]
+    make = BatchNorm2d if len(shape) == 4 else BatchNorm1d
+    layer = make(channels)
+    layer.weight = torch.nn.Parameter(torch.tensor([2.0]).expand(channels))
+    assert "with gaps" in explain(layer, x).reason or len(shape) == 2
+    y = layer(x)
+    assert_near(y.detach().numpy(), 2 * make(channels)(x).detach().double().numpy(), ulps=32)
+    layer.weight = torch.nn.Parameter(torch.ones(channels - 1))
+    with pytest.raises(RuntimeError, match="weight should contain"):
+        layer(x)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        make(channels, device="meta")(x)
 
 
 def test_vmap_and_forward_mode_leave_the_kernel():

@@ -1,11 +1,12 @@
 """The block of arguments that a kernel gets: 8-byte words, whole numbers, addresses and float64 alike."""
 
-import ctypes
 import hashlib
+import struct
+from array import array
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["Arguments", "build_number"]
+__all__ = ["block", "build_number", "word_of"]
 
 
 @lru_cache(maxsize=1)
@@ -35,21 +36,33 @@ _WORDS = (
     "width", "height", "strips", "blocks",
     # addresses of float64: γ, β (0: none), and what is found
     "gamma", "beta", "mean", "m2", "rstd", "dgamma", "dbeta", "parts", "affine",
-    # addresses of the running statistics (0: none), which are float32, or float64 where x is
-    "running_mean", "running_var",
+    # addresses of the running statistics (0: none), which are float32, or float64 where x is, and of the number of batches
+    "running_mean", "running_var", "batches",
     # switches: statistics are given; x needs a gradient; outputs are written past the cache; and the answer: all is finite
     "fixed", "derive", "past_cache", "finite",
+    # float64
+    "eps", "momentum",
 )  # fmt: skip
-
-
-class Arguments(ctypes.Structure):
-    """The block, filled in by name."""
-
-    _fields_ = [*((name, ctypes.c_int64) for name in _WORDS), ("eps", ctypes.c_double), ("momentum", ctypes.c_double)]
 
 
 (
     BUILD, NEXT, DONE, NEXT_AGAIN, DONE_AGAIN, NEXT_OUTPUT, READY, AGAIN, X, Y, DY, DX, RESIDUAL, DRESIDUAL, SAMPLES,
     CHANNELS, PLACES, WIDTH, HEIGHT, STRIPS, BLOCKS, GAMMA, BETA, MEAN, M2, RSTD, DGAMMA, DBETA, PARTS, AFFINE,
-    RUNNING_MEAN, RUNNING_VAR, FIXED, DERIVE, PAST_CACHE, FINITE, EPS, MOMENTUM,
-) = range(len(_WORDS) + 2)  # fmt: skip
+    RUNNING_MEAN, RUNNING_VAR, BATCHES, FIXED, DERIVE, PAST_CACHE, FINITE, EPS, MOMENTUM,
+) = range(len(_WORDS))  # fmt: skip
+
+
+def block(**sizes: int) -> "array[int]":
+    """Return a block in which some words are given, and all others are 0."""
+    words = array("q", bytes(8 * len(_WORDS)))
+    words[BUILD] = build_number()
+    for name, size in sizes.items():
+        words[_WORDS.index(name)] = size
+    return words
+
+
+@lru_cache(maxsize=1024)
+def word_of(number: float) -> int:
+    """Return a float64 as a word."""
+    (word,) = struct.unpack("q", struct.pack("d", number))
+    return int(word)

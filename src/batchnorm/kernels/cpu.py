@@ -9,20 +9,23 @@ Sums are of distances from an estimate of the mean, in float32 over short pieces
 the number of threads.
 """
 
+import ctypes
 import logging
 import threading
 import time
-from functools import lru_cache
+from array import array
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from numba import cfunc, types
 
-from batchnorm.kernels import planes, pool, rows
+from batchnorm.kernels import planes, pool, rows, running
 from batchnorm.kernels.activations import CODES
-from batchnorm.kernels.arguments import Arguments, build_number
+from batchnorm.kernels.arguments import DRESIDUAL, DX, PAST_CACHE, Y, block, build_number
 from batchnorm.kernels.runs import LINE
 
-__all__ = ["KINDS", "Arguments", "Plan", "arguments", "backward", "compiled", "forward", "notes", "plan"]
+__all__ = ["KINDS", "Plan", "backward", "compiled", "forward", "mover", "notes", "plan"]
 
 KINDS = {"float32": types.float32, "float64": types.float64, "bfloat16": types.uint16, "float16": types.int16}
 """The dtypes, and the type that Numba sees."""
@@ -44,21 +47,16 @@ _compiling = threading.RLock()
 
 
 class Plan(NamedTuple):
-    """How a batch is divided into tasks."""
+    """How a batch is divided into tasks, and a block of arguments that says so."""
 
     layout: str
-    samples: int
     channels: int
-    places: int
-    width: int
-    height: int
-    strips: int
     blocks: int
     threads: int
     past_cache: bool
+    words: "array[int]"
 
 
-@lru_cache(maxsize=4096)
 def plan(layout: str, samples: int, channels: int, places: int, itemsize: int, most: int) -> Plan:
     """Divide a batch: ``"planes"`` of ``(N, C, places)``, or ``samples`` ``"rows"`` of ``C`` channels."""
     threads = max(1, min(most, samples * channels * places // GRAIN))
@@ -70,7 +68,8 @@ def _planes(samples: int, channels: int, places: int, itemsize: int, threads: in
     width = max(1, min(planes.MOST, RUN // places, SLAB // (samples * places * itemsize), channels // 8))
     strips = -(-channels // width)
     past_cache = samples * channels * places * itemsize >= LARGE and places * itemsize % LINE == 0
-    return Plan("planes", samples, channels, places, width, 0, strips, 0, min(threads, strips), past_cache)
+    words = block(samples=samples, channels=channels, places=places, width=width, strips=strips)
+    return Plan("planes", channels, 0, min(threads, strips), past_cache, words)
 
 
 def _rows(samples: int, channels: int, places: int, itemsize: int, threads: int) -> Plan:
@@ -81,20 +80,10 @@ def _rows(samples: int, channels: int, places: int, itemsize: int, threads: int)
     strips, blocks = -(-channels // width), -(-samples // height)
     # rows that do not follow each other are read together, and would write parts of lines
     past_cache = size * itemsize >= LARGE and width == channels and channels * places * itemsize % LINE == 0
-    return Plan(
-        "rows", samples, channels, places, width, height, strips, blocks, min(threads, strips * blocks), past_cache
+    words = block(
+        samples=samples, channels=channels, places=places, width=width, height=height, strips=strips, blocks=blocks
     )
-
-
-@lru_cache(maxsize=4096)
-def _template(how: Plan) -> bytes:
-    sizes = {name: v for name, v in how._asdict().items() if name not in ("layout", "threads", "past_cache")}
-    return bytes(Arguments(build=build_number(), **sizes))
-
-
-def arguments(how: Plan) -> Arguments:
-    """Return a block of arguments with the sizes filled in, all else being 0."""
-    return Arguments.from_buffer_copy(_template(how))
+    return Plan("rows", channels, blocks, min(threads, strips * blocks), past_cache, words)
 
 
 _MAKERS: dict[tuple[str, str], Any] = {
@@ -122,14 +111,15 @@ def _compile(key: Key) -> int:
     with _compiling:
         if key not in _addresses:
             make = _MAKERS[layout, part]
-            kernel = _loaded(make(build_number(), CODES[activation], adds), KINDS[kind])
+            signature = types.void(types.CPointer(KINDS[kind]))
+            kernel = _loaded(make(build_number(), CODES[activation], adds), signature)
             _alive.append(kernel)
             _addresses[key] = kernel.address
         return _addresses[key]
 
 
-def _loaded(body: Any, element: Any) -> Any:
-    signature, started = types.void(types.CPointer(element)), time.perf_counter()
+def _loaded(body: Any, signature: Any) -> Any:
+    started = time.perf_counter()
     try:
         kernel = cfunc(signature, cache=True, error_model="numpy")(body)
     except RuntimeError as error:
@@ -153,22 +143,36 @@ def _say(seconds: float) -> None:
     )
 
 
+@lru_cache(maxsize=1)
+def mover() -> Callable[..., int]:
+    """Return `running.move`, compiled: ``(build, batch, rstd, gamma, mean, var, batches, channels, bound, momentum)``."""
+    numbers, whole, real = types.CPointer(types.float32), types.int64, types.float64
+    signature = whole(whole, *[numbers] * 5, types.CPointer(whole), whole, real, real)
+    with _compiling:
+        kernel = _loaded(running.move(build_number()), signature)
+    _alive.append(kernel)
+    words = [ctypes.c_int64, *[ctypes.c_void_p] * 6, ctypes.c_int64, ctypes.c_double, ctypes.c_double]
+    # so short that it keeps the interpreter
+    called = ctypes.PYFUNCTYPE(ctypes.c_int64, *words)(kernel.address)
+    return partial(called, build_number())
+
+
 def notes() -> tuple[str, ...]:
     """Say what is not as it should be on this machine, or nothing."""
     return tuple(note for note in (*dict.fromkeys(_notes), pool.reason()) if note)
 
 
-def forward(how: Plan, kind: str, activation: str | None, adds: bool, given: Arguments) -> None:
+def forward(how: Plan, kind: str, activation: str | None, adds: bool, words: "array[int]") -> None:
     """Run the kernel of ``y``; what it finds is where the arguments point."""
-    _run("forward", how, kind, activation, int(adds), given)
+    _run("forward", how, kind, activation, int(adds), words)
 
 
-def backward(how: Plan, kind: str, activation: str | None, adds: int, given: Arguments) -> None:
+def backward(how: Plan, kind: str, activation: str | None, adds: int, words: "array[int]") -> None:
     """Run the kernel of the gradients; ``adds`` is 1 where ``residual`` was added, 2 where the output stands in its place."""
-    _run("backward", how, kind, activation, adds, given)
+    _run("backward", how, kind, activation, adds, words)
 
 
-def _run(part: str, how: Plan, kind: str, activation: str | None, adds: int, given: Arguments) -> None:
+def _run(part: str, how: Plan, kind: str, activation: str | None, adds: int, words: "array[int]") -> None:
     # outputs of the other direction have no address
-    given.past_cache = how.past_cache and (given.y | given.dx | given.dresidual) % LINE == 0
-    pool.run(compiled(how.layout, part, kind, activation, adds), given, how.threads)
+    words[PAST_CACHE] = how.past_cache and (words[Y] | words[DX] | words[DRESIDUAL]) % LINE == 0
+    pool.run(compiled(how.layout, part, kind, activation, adds), words, how.threads)

@@ -5,10 +5,10 @@ A kernel takes tasks from a counter until none is left, so that it is right in a
 
 import ctypes
 import os
+from array import array
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 __all__ = ["attach", "reason", "run", "threads"]
 
@@ -56,9 +56,10 @@ def _alone(address: int) -> Callable[[int], None]:
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
 
 
-def run(address: int, arguments: Any, wanted: int) -> None:
+def run(address: int, arguments: "array[int]", wanted: int) -> None:
     """Run a kernel; the interpreter is free for other threads meanwhile."""
+    place, _ = arguments.buffer_info()
     if wanted > 1 and threads(wanted) > 1 and _Pool.parallel is not None:
-        _Pool.parallel(address, ctypes.addressof(arguments), wanted, 0)
+        _Pool.parallel(address, place, wanted, 0)
     else:
-        _alone(address)(ctypes.addressof(arguments))
+        _alone(address)(place)

@@ -16,6 +16,7 @@ __all__ = [
     "apart",
     "cleared",
     "coarse",
+    "count_up",
     "like",
     "parameters",
     "pointer",
@@ -111,6 +112,18 @@ def set_slot(context: Any, p: Any, number: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(p, types.int64, types.int64), build
+
+
+@intrinsic
+def count_up(context: Any, p: Any, number: Any) -> Any:
+    """Add 1 to the integer at an address of the argument block."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = builder.inttoptr(builder.load(_slot_at(builder, *args)), ir.IntType(64).as_pointer())
+        builder.store(builder.add(builder.load(place), ir.IntType(64)(1)), place)
+        return context.get_dummy_value()
+
+    return types.void(p, types.int64), build
 
 
 @intrinsic

@@ -6,6 +6,7 @@ from typing import Any
 from numba import njit
 
 from batchnorm.kernels.arguments import (
+    BATCHES,
     BETA,
     CHANNELS,
     DBETA,
@@ -21,7 +22,7 @@ from batchnorm.kernels.arguments import (
     RUNNING_MEAN,
     RUNNING_VAR,
 )  # fmt: skip
-from batchnorm.kernels.scalars import like, parameters, real, reals, set_slot, slot, small
+from batchnorm.kernels.scalars import count_up, like, parameters, real, reals, set_slot, slot, small
 
 __all__ = ["affine_of", "backward_affine", "is_far", "keep", "move_running", "rest_of"]
 
@@ -104,4 +105,6 @@ def move_running(p: Any, count: int) -> None:
             for c in range(channels):
                 old_mean[c] += like(old_mean[c], momentum * (mean[c] - old_mean[c]))
                 old_var[c] += like(old_var[c], momentum * (m2[c] * unbiased - old_var[c]))
+    if finite == 0.0 and slot(p, BATCHES) != 0:
+        count_up(p, BATCHES)
     set_slot(p, FINITE, 1 if finite == 0.0 else 0)

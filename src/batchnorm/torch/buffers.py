@@ -23,15 +23,44 @@ __all__ = ["empty_like", "keep_memory"]
 LEAST, STEP = 1 << 19, 1 << 16
 # bytes of a large page, and what asks for them
 PAGE, MADV_HUGEPAGE = 1 << 21, 14
-# references to a storage in Python that nobody else has: the list, the loop and the question
-ALONE = 3
 _holders: Any = getattr(torch._C, "_storage_Use_Count", None)
 
 
 class _Piece(NamedTuple):
+    """Memory, and a tensor on it that nobody sees, of the form that was asked for last."""
+
+    tensor: Tensor
     storage: UntypedStorage
     handle: int
     address: int
+
+    def holders(self) -> tuple[int, int]:
+        """Return how many hold the memory, and how many in Python."""
+        return _holders(self.handle), getrefcount(self.storage)
+
+    def is_free(self) -> bool:
+        """Whether nothing else holds the memory, which was neither resized nor moved to where another process sees it."""
+        return self.holders() == _NOBODY and self.tensor.data_ptr() == self.address
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether the tensor has the form of another."""
+        mine = self.tensor
+        return mine.shape == x.shape and mine.dtype is x.dtype and mine.stride() == x.stride()
+
+    def formed(self, x: Tensor) -> "_Piece":
+        """Return the same memory in the form of ``x``."""
+        return _formed(self.storage, x)
+
+
+# a tensor of inference could not be saved for a backward
+@torch.inference_mode(mode=False)
+def _formed(storage: UntypedStorage, x: Tensor) -> _Piece:
+    tensor = torch.empty(0, dtype=x.dtype).set_(storage, 0, x.shape, x.stride())
+    return _Piece(tensor, storage, storage._cdata, storage.data_ptr())
+
+
+# what a piece is held by that is not lent
+_NOBODY = (0, 0) if _holders is None else _formed(UntypedStorage(4), torch.empty(1)).holders()  # type: ignore[no-untyped-call]
 
 
 def _usual() -> int:
@@ -50,32 +79,34 @@ class _Store:
         self.pieces: dict[int, list[_Piece]] = {}
         self.bytes, self.limit = 0, _usual()
 
-    def take(self, size: int) -> UntypedStorage | None:
-        """Return a storage that nobody else gets, or ``None`` where the limit is reached."""
-        pieces = self.pieces.setdefault(size, [])
-        for k, (storage, handle, address) in enumerate(pieces):
-            # held by this list alone, in Python too, and neither resized nor moved into memory that another process sees
-            if _holders(handle) == 1 and getrefcount(storage) == ALONE and storage.data_ptr() == address:
-                if k + 1 < len(pieces):
-                    # what is lent last comes back first
-                    pieces.append(pieces.pop(k))
-                return storage
-        self.pieces[size] = self.pieces.pop(size)
+    def take(self, x: Tensor, size: int) -> Tensor | None:
+        """Return a tensor of the form of ``x`` in memory that nobody else gets, or ``None`` where the limit is reached."""
+        pieces = self.pieces.get(size, [])
+        for k, piece in enumerate(pieces):
+            if piece.is_free():
+                # what was lent longest ago is looked at first
+                pieces.append(pieces.pop(k) if piece.fits(x) else pieces.pop(k).formed(x))
+                # a tensor of its own, on the same memory
+                return pieces[-1].tensor.data
+        return self._new(x, size)
+
+    def _new(self, x: Tensor, size: int) -> Tensor | None:
         self.shrink(self.limit - size)
         if self.bytes + size > self.limit:
             return None
         storage = UntypedStorage(size)  # type: ignore[no-untyped-call]
         _ask_for_large_pages(storage)
-        self.pieces.setdefault(size, []).append(_Piece(storage, storage._cdata, storage.data_ptr()))
+        piece = _formed(storage, x)
+        self.pieces[size] = [*self.pieces.pop(size, []), piece]
         self.bytes += size
-        return storage
+        return piece.tensor.data
 
     def shrink(self, limit: int) -> None:
         """Forget pieces that are not lent, of the sizes that were not asked for longest."""
         for size in [*self.pieces]:
             if self.bytes <= limit:
                 return
-            kept = [piece for piece in self.pieces[size] if _holders(piece.handle) > 1]
+            kept = [piece for piece in self.pieces[size] if piece.holders() != _NOBODY]
             self.bytes -= size * (len(self.pieces[size]) - len(kept))
             if kept:
                 self.pieces[size] = kept
@@ -106,10 +137,8 @@ def empty_like(x: Tensor) -> Tensor:
     if size < LEAST or _STORE.limit == 0:
         return torch.empty_like(x)
     with _STORE.lock:
-        storage = _STORE.take(-(-size // STEP) * STEP)
-        if storage is not None:
-            return torch.empty(0, dtype=x.dtype).set_(storage, 0, x.shape, x.stride())
-    return torch.empty_like(x)
+        y = _STORE.take(x, -(-size // STEP) * STEP)
+    return torch.empty_like(x) if y is None else y
 
 
 def keep_memory(most: int) -> int:

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from batchnorm.errors import KernelError, OptionError
 
-__all__ = ["Choice", "choose", "force", "is_eager", "obstacle"]
+__all__ = ["Choice", "choose", "force", "is_eager", "is_sound", "obstacle"]
 
 NAMES = ("kernel", "aten", "definition")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -139,18 +139,28 @@ def _beside(
 def _misfit(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, running: Tensor | None
 ) -> str:
-    wide = x.dtype if x.dtype == torch.float64 else torch.float32
+    wide, channels = x.dtype if x.dtype == torch.float64 else torch.float32, x.shape[1]
     for name, v in (("γ", weight), ("β", bias)):
-        if v is not None and v.dtype not in (wide, x.dtype):
+        if v is not None and not is_sound(v, wide, channels) and not is_sound(v, x.dtype, channels):
             allowed = " or ".join(dict.fromkeys((_name(wide), _name(x.dtype))))
-            return f"{name} must be {allowed} beside an input of {_name(x.dtype)}, got {_name(v.dtype)}"
-    if running is not None and running.dtype != wide:
-        return f"the running statistics must be {_name(wide)} beside an input of {_name(x.dtype)}, got {_name(running.dtype)}"
+            return f"{name} must be {channels} values of {allowed}, got {_described(v)}"
+    if running is not None and not is_sound(running, wide, channels):
+        return f"the running statistics must be {channels} values of {_name(wide)}, got {_described(running)}"
     if residual is None:
         return ""
     if residual.dtype != x.dtype or residual.shape != x.shape or not is_eager(residual):
         return f"the residual must be as the input, got {_name(residual.dtype)} {tuple(residual.shape)}"
     return ""
+
+
+def is_sound(v: Tensor, dtype: torch.dtype, values: int) -> bool:
+    """Say whether a kernel can read or write a tensor: so many values of a dtype, in the processor's memory, without gaps."""
+    return v.dtype is dtype and v.is_cpu and v.is_contiguous() and v.numel() == values
+
+
+def _described(v: Tensor) -> str:
+    layout = "" if v.is_contiguous() else " with gaps"
+    return f"{v.numel()} of {_name(v.dtype)} on {v.device}{layout}"
 
 
 def _kind(x: Any) -> str:

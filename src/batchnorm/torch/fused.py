@@ -1,6 +1,7 @@
 """Normalization, residual and activation in one node of autograd, by the kernels."""
 
 import sys
+from array import array
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -9,13 +10,39 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from batchnorm.kernels.arguments import (
+    AFFINE,
+    BATCHES,
+    BETA,
+    DBETA,
+    DERIVE,
+    DGAMMA,
+    DRESIDUAL,
+    DX,
+    DY,
+    EPS,
+    FINITE,
+    FIXED,
+    GAMMA,
+    M2,
+    MEAN,
+    MOMENTUM,
+    PARTS,
+    RESIDUAL,
+    RSTD,
+    RUNNING_MEAN,
+    RUNNING_VAR,
+    X,
+    Y,
+    word_of,
+)
 from batchnorm.torch.buffers import empty_like
 from batchnorm.torch.choice import is_eager
 from batchnorm.torch.derivatives import again, as_parameter, at_once
 from batchnorm.torch.recompute import active
 from batchnorm.torch.rows import full, in_rows, memory_format
 
-__all__ = ["FEW", "Found", "Step", "forward", "gradients", "is_gated", "normalize"]
+__all__ = ["FEW", "Found", "Running", "Step", "forward", "gradients", "is_gated", "normalize"]
 
 KINDS = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # values below which an evaluation is left to ATen
@@ -40,6 +67,20 @@ def kernels() -> Any:
     return found
 
 
+class Running(NamedTuple):
+    """Running statistics that move, how fast, and how many batches there were: ``None`` where they are not counted."""
+
+    mean: Tensor
+    var: Tensor
+    batches: Tensor | None
+    momentum: float
+
+    def counted(self) -> None:
+        """Count a batch."""
+        if self.batches is not None:
+            self.batches.add_(1)
+
+
 class Step(NamedTuple):
     """What a forward is told beside its tensors, and leaves for others."""
 
@@ -47,9 +88,7 @@ class Step(NamedTuple):
     eps: float
     # mean and rstd of given statistics, or None
     fixed: tuple[Tensor, Tensor] | None = None
-    # running mean and variance that move, and how fast
-    running: tuple[Tensor, Tensor] | None = None
-    momentum: float = 0.0
+    running: Running | None = None
 
 
 class Found:
@@ -81,8 +120,13 @@ def normalize(
 ) -> tuple[Tensor, Found]:
     """Return ``activation(normalize(x) + residual)`` and what was found; ``x`` is dense, everything fits."""
     found: list[Found] = []
-    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, weight, bias, residual)):
-        y: Tensor = _Fused.apply(x, weight, bias, residual, step, found)  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        y: Tensor = _applied(x, weight, bias, residual, step, found)
         memory = active()
         if memory is not None and residual is None:
             known = step._replace(fixed=(found[0].mean, found[0].rstd), running=None)
@@ -117,31 +161,32 @@ class _Fused(torch.autograd.Function):
         return (*gradients(ctx, dy, x, weight, bias, beside), None, None)
 
 
+# without torch's look at transforms and defaults, of which there are none here
+_applied: Any = super(torch.autograd.Function, _Fused).apply
+
+
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, step: Step, found: list[Found]
 ) -> Tensor:
     """Run the kernels, and append what they find."""
     how, y = plan_of(x), empty_like(x)
-    given = arguments(how, step, x, weight, bias)
-    given.y, given.residual = y.data_ptr(), _address(residual)
     # the rows that are kept, and what the kernels need beside them
     rows = torch.empty(4 + 2 * how.blocks, how.channels, dtype=torch.float64)
     if step.fixed is not None:
         torch.stack((step.fixed[0], step.fixed[0], step.fixed[1]), out=rows[:3])
-    _locate(given, rows, how.channels)
-    given.affine = rows.data_ptr() + 24 * how.channels
-    given.parts = given.affine + 8 * how.channels
-    if step.running is not None:
-        given.running_mean, given.running_var = step.running[0].data_ptr(), step.running[1].data_ptr()
-        given.momentum = step.momentum
-    kernels().forward(how, KINDS[x.dtype], step.activation, residual is not None, given)
-    found.append(Found(rows if how.blocks <= 1 else rows[:3].clone(), bool(given.finite)))
+    # copies in full precision, which must live as long as the arguments
+    gamma, beta = full(weight, x), full(bias, x)
+    words = _begun(how, step, x, gamma, beta, rows)
+    words[Y], words[RESIDUAL] = y.data_ptr(), _address(residual)
+    words[AFFINE] = words[RSTD] + 8 * how.channels
+    words[PARTS] = words[AFFINE] + 8 * how.channels
+    running = step.running
+    if running is not None:
+        words[RUNNING_MEAN], words[RUNNING_VAR] = running.mean.data_ptr(), running.var.data_ptr()
+        words[BATCHES], words[MOMENTUM] = _address(running.batches), word_of(running.momentum)
+    kernels().forward(how, KINDS[x.dtype], step.activation, residual is not None, words)
+    found.append(Found(rows if how.blocks <= 1 else rows[:3].clone(), bool(words[FINITE])))
     return y
-
-
-def _locate(given: Any, rows: Tensor, channels: int) -> None:
-    start = rows.data_ptr()
-    given.mean, given.m2, given.rstd = start, start + 8 * channels, start + 16 * channels
 
 
 def gradients(ctx: Any, dy: Tensor, x: Tensor, weight: Any, bias: Any, beside: Tensor | None) -> tuple[Any, ...]:
@@ -152,35 +197,32 @@ def gradients(ctx: Any, dy: Tensor, x: Tensor, weight: Any, bias: Any, beside: T
         return at_once(ctx, dy, x, weight, bias, beside)
     step, how = ctx.step, plan_of(x)
     dy = dy if dy.stride() == x.stride() else dy.contiguous(memory_format=layout_of(x))
-    given = arguments(how, step, x, weight, bias)
-    _locate(given, ctx.found.rows, how.channels)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     dgamma, dbeta = torch.empty(how.channels, dtype=dtype), torch.empty(how.channels, dtype=dtype)
     # with an activation, the gradient of what was added is another than dy
     own = ctx.adds and step.activation is not None
     dx = empty_like(x) if own or ctx.needs_input_grad[0] else None
     dresidual = empty_like(x) if own else dy if ctx.adds else None
-    given.dy, given.dx, given.residual = dy.data_ptr(), _address(dx), _address(beside)
-    given.dresidual, given.derive = _address(dresidual) if own else 0, dx is not None
-    given.dgamma, given.dbeta = dgamma.data_ptr(), dbeta.data_ptr()
-    parts = torch.empty((2 * how.blocks + 3) * how.channels, dtype=torch.float64)
-    given.affine, given.parts = parts.data_ptr(), parts.data_ptr() + 24 * how.channels
+    gamma, beta = full(weight, x), full(bias, x)
+    words = _begun(how, step, x, gamma, beta, ctx.found.rows)
+    words[DY], words[DX], words[DERIVE] = dy.data_ptr(), _address(dx), dx is not None
+    words[RESIDUAL], words[DRESIDUAL] = _address(beside), _address(dresidual) if own else 0
+    words[DGAMMA], words[DBETA] = dgamma.data_ptr(), dbeta.data_ptr()
+    if how.blocks:
+        parts = torch.empty((2 * how.blocks + 3) * how.channels, dtype=torch.float64)
+        words[AFFINE], words[PARTS] = parts.data_ptr(), parts.data_ptr() + 24 * how.channels
     adds = 0 if beside is None else 2 if ctx.gated else 1
-    kernels().backward(how, KINDS[x.dtype], step.activation, adds, given)
+    kernels().backward(how, KINDS[x.dtype], step.activation, adds, words)
     return dx, as_parameter(dgamma, weight), as_parameter(dbeta, bias), dresidual
 
 
-def arguments(how: Any, step: Step, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Any:
+def _begun(how: Any, step: Step, x: Tensor, gamma: Tensor | None, beta: Tensor | None, rows: Tensor) -> "array[int]":
     """Return the arguments that both directions have in common."""
-    given = kernels().arguments(how)
-    given.x, given.eps, given.fixed = x.data_ptr(), step.eps, step.fixed is not None
-    for name, v in (("gamma", weight), ("beta", bias)):
-        if v is not None:
-            wide = full(v, x)
-            setattr(given, name, _address(wide))
-            # a copy in full precision lives as long as the block
-            setattr(given, f"kept_{name}", wide)
-    return given
+    words, mean, row = how.words[:], rows.data_ptr(), 8 * how.channels
+    words[X], words[EPS], words[FIXED] = x.data_ptr(), word_of(step.eps), step.fixed is not None
+    words[GAMMA], words[BETA] = _address(gamma), _address(beta)
+    words[MEAN], words[M2], words[RSTD] = mean, mean + row, mean + 2 * row
+    return words
 
 
 def _address(v: Tensor | None) -> int:
@@ -194,8 +236,13 @@ def layout_of(x: Tensor) -> torch.memory_format:
 
 def plan_of(x: Tensor) -> Any:
     """Divide a dense batch into tasks."""
-    samples, channels = x.shape[:2]
-    places = x.numel() // (samples * channels)
-    if places == 1 or not x.is_contiguous():
-        return kernels().plan("rows", samples * places, channels, 1, x.element_size(), torch.get_num_threads())
-    return kernels().plan("planes", samples, channels, places, x.element_size(), torch.get_num_threads())
+    return _planned(x.shape, x.is_contiguous(), x.element_size(), torch.get_num_threads())
+
+
+@lru_cache(maxsize=4096)
+def _planned(shape: torch.Size, contiguous: bool, itemsize: int, threads: int) -> Any:
+    samples, channels = shape[:2]
+    places = shape.numel() // (samples * channels)
+    if places == 1 or not contiguous:
+        return kernels().plan("rows", samples * places, channels, 1, itemsize, threads)
+    return kernels().plan("planes", samples, channels, places, itemsize, threads)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.torch import ops
+from batchnorm.torch.fused import Running
 
 __all__ = ["forward_plain"]
 
@@ -33,8 +34,6 @@ def forward_plain(layer: Any, x: Tensor, *follow: Any) -> Tensor | None:
         return None
     if torch._C._current_graph_task_id() != -1:
         # run again by activation checkpointing: the same kernel as the first time, on copies: what it saves must match
-        return ops.normalize_in_place(x, weight, bias, mean.clone(), var.clone(), momentum, layer.eps, *follow)
-    y = ops.normalize_in_place(x, weight, bias, mean, var, momentum, layer.eps, *follow)
-    if y is not None:
-        batches.add_(1)
-    return y
+        copies = Running(mean.clone(), var.clone(), None, momentum)
+        return ops.normalize_in_place(x, weight, bias, copies, layer.eps, *follow)
+    return ops.normalize_in_place(x, weight, bias, Running(mean, var, batches, momentum), layer.eps, *follow)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from batchnorm.moments import Moments
-from batchnorm.torch.ops import dense, is_eager
+from batchnorm.torch.native import dense
+from batchnorm.torch.ops import is_eager
 from batchnorm.torch.rows import gradient_sums, in_rows, measure_rows, memory_format, over_channels
 
 __all__ = ["Portion", "filled_count", "measure", "narrow_dtype", "packed", "unpacked", "variance_of", "x_hat"]

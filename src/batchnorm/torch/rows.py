@@ -17,6 +17,7 @@ from batchnorm.moments import Moments
 __all__ = [
     "FEW_ROWS",
     "are_near",
+    "bound_of",
     "full",
     "gradient_sums",
     "in_rows",
@@ -43,9 +44,14 @@ def in_rows(x: Tensor) -> bool:
 def are_near(mean: Tensor, invstd: Tensor, rows: int) -> bool:
     """Say whether every channel lies near enough to zero, for its spread, for ATen's sums over few rows."""
     ratio = mean * invstd
-    # a sum of squares bounds the largest; what is lost grows with the root of the rows; NaN is not near
-    bound = FAR_64**2 * 64 / rows
+    # a sum of squares bounds the largest; NaN is not near
+    bound = bound_of(rows)
     return ratio.dot(ratio).item() <= bound or bool((ratio * ratio).max() <= bound)
+
+
+def bound_of(rows: int) -> float:
+    """Return how large ``(mean / deviation)²`` may be for ATen's sums over few rows: what is lost grows with their root."""
+    return FAR_64**2 * 64 / rows
 
 
 def normalize_rows(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Moments]:
