@@ -22,7 +22,7 @@ from batchnorm.functional import (
 from batchnorm.kernels import cpu, pool
 from batchnorm.kernels.arguments import BUILD
 from batchnorm.torch import BatchNorm1d, BatchNorm2d, explain, force, fused
-from batchnorm.torch.fused import Running, Step
+from batchnorm.torch.fused import Step
 from batchnorm.torch.options import ACTIVATIONS
 from oracle import assert_near
 
@@ -236,10 +236,10 @@ def test_gamma_may_be_anything(name, gamma):
 @pytest.mark.parametrize("name", ["planes", "channels-last", "rows"])
 def test_running_statistics_move_by_one_step(name):
     case, w = Case(name), 0.3
-    running = Running(torch.randn(case.shape[1]), torch.rand(case.shape[1]), torch.tensor(6), w)
+    running = torch.randn(case.shape[1]), torch.rand(case.shape[1]), torch.tensor(6), w
     before = [v.double().numpy() for v in running[:2]]
     case.ours(None, running=running)
-    assert running.batches == 7
+    assert running[2] == 7
     step = batch_norm_train(case.x.double().numpy(), None, None, *before, decay=1 - w)
     for got, want in zip(running[:2], (step.running_mean, step.running_var), strict=True):
         assert_near(got.numpy(), want, ulps=4)
@@ -250,10 +250,10 @@ def test_running_statistics_move_by_one_step(name):
 def test_what_is_not_finite_moves_no_statistics(name, bad):
     case = Case(name)
     case.x[0, 0] = bad
-    running = Running(torch.zeros(case.shape[1]), torch.ones(case.shape[1]), torch.tensor(6), 0.1)
+    running = torch.zeros(case.shape[1]), torch.ones(case.shape[1]), torch.tensor(6), 0.1
     *_, found = case.ours(None, running=running)
     assert not found.finite
-    assert running.batches == 6
+    assert running[2] == 6
     assert float(running[0].abs().sum()) == 0
     assert float((running[1] - 1).abs().sum()) == 0
 

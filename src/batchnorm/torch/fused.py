@@ -1,6 +1,7 @@
 """Normalization, residual and activation in one node of autograd, by the kernels."""
 
 import sys
+import threading
 from array import array
 from functools import lru_cache
 from importlib import import_module
@@ -67,18 +68,8 @@ def kernels() -> Any:
     return found
 
 
-class Running(NamedTuple):
-    """Running statistics that move, how fast, and how many batches there were: ``None`` where they are not counted."""
-
-    mean: Tensor
-    var: Tensor
-    batches: Tensor | None
-    momentum: float
-
-    def counted(self) -> None:
-        """Count a batch."""
-        if self.batches is not None:
-            self.batches.add_(1)
+# running statistics that move, the number of batches so far (None: it is not counted), and the momentum; a tuple costs least
+Running = tuple[Tensor, Tensor, Tensor | None, float]
 
 
 class Step(NamedTuple):
@@ -170,22 +161,19 @@ def forward(
 ) -> Tensor:
     """Run the kernels, and append what they find."""
     how, y = plan_of(x), empty_like(x)
-    # the rows that are kept, and what the kernels need beside them
-    rows = torch.empty(4 + 2 * how.blocks, how.channels, dtype=torch.float64)
+    rows = torch.empty(3, how.channels, dtype=torch.float64)
     if step.fixed is not None:
-        torch.stack((step.fixed[0], step.fixed[0], step.fixed[1]), out=rows[:3])
+        torch.stack((step.fixed[0], step.fixed[0], step.fixed[1]), out=rows)
     # copies in full precision, which must live as long as the arguments
     gamma, beta = full(weight, x), full(bias, x)
     words = _begun(how, step, x, gamma, beta, rows)
     words[Y], words[RESIDUAL] = y.data_ptr(), _address(residual)
-    words[AFFINE] = words[RSTD] + 8 * how.channels
-    words[PARTS] = words[AFFINE] + 8 * how.channels
-    running = step.running
-    if running is not None:
-        words[RUNNING_MEAN], words[RUNNING_VAR] = running.mean.data_ptr(), running.var.data_ptr()
-        words[BATCHES], words[MOMENTUM] = _address(running.batches), word_of(running.momentum)
+    if step.running is not None:
+        mean, var, batches, momentum = step.running
+        words[RUNNING_MEAN], words[RUNNING_VAR] = mean.data_ptr(), var.data_ptr()
+        words[BATCHES], words[MOMENTUM] = _address(batches), word_of(momentum)
     kernels().forward(how, KINDS[x.dtype], step.activation, residual is not None, words)
-    found.append(Found(rows if how.blocks <= 1 else rows[:3].clone(), bool(words[FINITE])))
+    found.append(Found(rows, bool(words[FINITE])))
     return y
 
 
@@ -208,9 +196,6 @@ def gradients(ctx: Any, dy: Tensor, x: Tensor, weight: Any, bias: Any, beside: T
     words[DY], words[DX], words[DERIVE] = dy.data_ptr(), _address(dx), dx is not None
     words[RESIDUAL], words[DRESIDUAL] = _address(beside), _address(dresidual) if own else 0
     words[DGAMMA], words[DBETA] = dgamma.data_ptr(), dbeta.data_ptr()
-    if how.blocks:
-        parts = torch.empty((2 * how.blocks + 3) * how.channels, dtype=torch.float64)
-        words[AFFINE], words[PARTS] = parts.data_ptr(), parts.data_ptr() + 24 * how.channels
     adds = 0 if beside is None else 2 if ctx.gated else 1
     kernels().backward(how, KINDS[x.dtype], step.activation, adds, words)
     return dx, as_parameter(dgamma, weight), as_parameter(dbeta, bias), dresidual
@@ -222,7 +207,27 @@ def _begun(how: Any, step: Step, x: Tensor, gamma: Tensor | None, beta: Tensor |
     words[X], words[EPS], words[FIXED] = x.data_ptr(), word_of(step.eps), step.fixed is not None
     words[GAMMA], words[BETA] = _address(gamma), _address(beta)
     words[MEAN], words[M2], words[RSTD] = mean, mean + row, mean + 2 * row
+    if how.blocks:
+        # three rows, and two for each block
+        words[AFFINE] = _PARTS.address((2 * how.blocks + 3) * how.channels)
+        words[PARTS] = words[AFFINE] + 3 * row
     return words
+
+
+class _Parts(threading.local):
+    """What kernels write down between their phases, in this thread."""
+
+    kept: "array[float]" = array("d")
+
+    def address(self, numbers: int) -> int:
+        """Return where there is room for some numbers."""
+        if len(self.kept) < numbers:
+            self.kept = array("d", bytes(8 * numbers))
+        place, _ = self.kept.buffer_info()
+        return place
+
+
+_PARTS = _Parts()
 
 
 def _address(v: Tensor | None) -> int:

@@ -106,11 +106,14 @@ class BatchNorm(Tracking):
             OptionError: weights or lengths that can't be.
             NonFiniteError: γ that is inf or NaN, in training.
         """
+        unweighted = mask is None and sample_weight is None and lengths is None
+        if unweighted and self._plain and type(x) is Tensor and not self._followers:
+            return self.normalize(x, residual, self.options.activation)
         anything: Any = x
         if isinstance(anything, fx.Proxy):
             leaf: Tensor = self._leaf_of(x, mask=mask, sample_weight=sample_weight, residual=residual, lengths=lengths)
             return leaf
-        if mask is None and sample_weight is None and lengths is None:
+        if unweighted:
             later = defer(self, x) if self._followers and residual is None else None
             if later is not None:
                 return later

@@ -8,6 +8,8 @@ definition gives them.
 import math
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -63,22 +65,26 @@ def normalize_in_place(
         rows = x.numel() // x.shape[1] if in_rows(x) else 0
     if rows > FEW_ROWS:
         return _rows_in_place(x, weight, bias, running, eps)
-    if x.numel() >= WORTH_A_KERNEL and _is_plain(x, weight, running):
+    if x.numel() >= WORTH_A_KERNEL and _is_plain(x, weight, bias, running):
         return _looked_over(x, weight, bias, running, eps, rows)
-    before = torch.cat((running.mean, running.var))
+    mean, var, batches, momentum = running
+    before = torch.cat((mean, var))
     # without .data, DDP's broadcast into the buffers would invalidate what the backward has saved
-    y, batch_mean, rstd = _checked(x, weight, bias, running.mean.data, running.var.data, running.momentum, eps)
+    y, batch_mean, rstd = _checked(x, weight, bias, mean.data, var.data, momentum, eps)
     near = rows == 0 or are_near(batch_mean, rstd, rows)
-    if near and _is_finite(running.var, weight):
+    if near and _is_finite(var, weight):
         _derive_to_any_order(y)
-        running.counted()
+        if batches is not None:
+            batches.add_(1)
         return y
-    running.mean.data.copy_(before[: len(running.mean)])
-    running.var.data.copy_(before[len(running.mean) :])
+    mean.data.copy_(before[: len(mean)])
+    var.data.copy_(before[len(mean) :])
     return None if near else _rows_in_place(x, weight, bias, running, eps)
 
 
-def _checked(x: Tensor, weight: Any, bias: Any, mean: Tensor, var: Tensor, momentum: float, eps: float) -> tuple[Tensor, ...]:
+def _checked(
+    x: Tensor, weight: Any, bias: Any, mean: Tensor, var: Tensor, momentum: float, eps: float
+) -> tuple[Tensor, ...]:
     """Return what ATen's kernel returns, which reads past the end of parameters that are too short."""
     if any(v is not None and v.numel() != x.shape[1] for v in (weight, bias, mean, var)):
         # who calls this one is told
@@ -106,27 +112,39 @@ _SCRATCH = _Scratch()
 _NOT_COUNTED = torch.zeros((), dtype=torch.int64)
 
 
-def _is_plain(x: Tensor, weight: Tensor | None, running: Running) -> bool:
+def _is_plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running) -> bool:
     """Whether the kernel can read everything: float32 without gaps."""
+    mean, var, batches, _ = running
+    dtype, channels = torch.float32, x.shape[1]
     return (
         HAS_NUMBA
-        and x.dtype is torch.float32
-        and all(v is None or is_sound(v, torch.float32, x.shape[1]) for v in (weight, running.mean, running.var))
-        and (running.batches is None or is_sound(running.batches, torch.int64, 1))
+        and x.dtype is dtype
+        and (weight is None or is_sound(weight, dtype, channels))
+        and (bias is None or is_sound(bias, dtype, channels))
+        and is_sound(mean, dtype, channels)
+        and is_sound(var, dtype, channels)
+        and (batches is None or is_sound(batches, torch.int64, 1))
     )
+
+
+@lru_cache(maxsize=1)
+def _mover() -> Callable[..., int]:
+    found: Callable[..., int] = kernels().mover()
+    return found
 
 
 def _looked_over(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running, eps: float, rows: int
 ) -> Tensor | None:
     """Do the same with a kernel of ours that looks at all statistics at once: each call of ATen's costs a cold cache."""
-    both, mean, var = _SCRATCH.of(x.shape[1])
-    y, _, rstd = _checked(x, weight, bias, mean, var, 1.0, eps)
-    gamma = rstd if weight is None else weight
-    batches = _NOT_COUNTED if running.batches is None else running.batches
-    verdict = kernels().mover()(
-        both.data_ptr(), rstd.data_ptr(), gamma.data_ptr(), running.mean.data_ptr(), running.var.data_ptr(),
-        batches.data_ptr(), x.shape[1], bound_of(rows) if rows else math.inf, running.momentum,
+    channels = x.shape[1]
+    both, mean, var = _SCRATCH.of(channels)
+    y, _, rstd = torch.native_batch_norm(x, weight, bias, mean, var, True, 1.0, eps)
+    running_mean, running_var, batches, momentum = running
+    verdict = _mover()(
+        both.data_ptr(), rstd.data_ptr(), (rstd if weight is None else weight).data_ptr(), running_mean.data_ptr(),
+        running_var.data_ptr(), (_NOT_COUNTED if batches is None else batches).data_ptr(), channels,
+        bound_of(rows) if rows else math.inf, momentum,
     )  # fmt: skip
     if verdict == MOVED:
         _derive_to_any_order(y)
@@ -139,7 +157,7 @@ def _looked_over(
 def _rows_in_place(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running, eps: float
 ) -> Tensor | None:
-    mean, var = running.mean, running.var
+    mean, var, batches, momentum = running
     if mean.element_size() < 4 or forward_ad._current_level >= 0:
         return None
     y, moments = normalize_rows(x, weight, bias, eps)
@@ -147,8 +165,9 @@ def _rows_in_place(
     if not np.isfinite(batch_mean.sum() + batch_var.sum()) or not _is_finite(var, weight):
         return None
     for old, new in ((mean, batch_mean), (var, batch_var)):
-        old.numpy()[:] += running.momentum * (new - old.numpy())
-    running.counted()
+        old.numpy()[:] += momentum * (new - old.numpy())
+    if batches is not None:
+        batches.add_(1)
     return y
 
 

@@ -128,7 +128,7 @@ def normalize_in_place(
     activation.
     """
     residual, activation = follow
-    choice = choose(x, weight, bias, residual, running.mean, few=few_of(x, *follow), at_hand=True)
+    choice = choose(x, weight, bias, residual, running[0], few=few_of(x, *follow), at_hand=True)
     if choice.name == "definition":
         return None
     if choice.name == "kernel":

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from batchnorm.torch import ops
-from batchnorm.torch.fused import Running
 
 __all__ = ["forward_plain"]
 
@@ -34,6 +33,6 @@ def forward_plain(layer: Any, x: Tensor, *follow: Any) -> Tensor | None:
         return None
     if torch._C._current_graph_task_id() != -1:
         # run again by activation checkpointing: the same kernel as the first time, on copies: what it saves must match
-        copies = Running(mean.clone(), var.clone(), None, momentum)
+        copies = mean.clone(), var.clone(), None, momentum
         return ops.normalize_in_place(x, weight, bias, copies, layer.eps, *follow)
-    return ops.normalize_in_place(x, weight, bias, Running(mean, var, batches, momentum), layer.eps, *follow)
+    return ops.normalize_in_place(x, weight, bias, (mean, var, batches, momentum), layer.eps, *follow)
