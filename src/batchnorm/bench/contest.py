@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from batchnorm.bench.machine import describe
@@ -17,6 +18,8 @@ __all__ = ["Absent", "Contestant", "Maker", "begin", "hold"]
 
 # rounds of each contest; the first ones fill caches and are kept apart
 LEAST, MOST, WARM = 6, 2000, 2
+# seconds of a turn in which short steps follow each other, and how many do at most
+TURN, LONGEST = 1e-3, 10
 
 # for each result the error, and what is allowed
 Errors = dict[str, tuple[float, float]]
@@ -54,8 +57,8 @@ def hold(facts: Mapping[str, Any], makers: Mapping[str, Maker], *, seconds: floa
     """Hold a contest, and return all of it as a row for JSON.
 
     The first contestant is what the others are compared with. It takes part twice, so that noise is seen. A contestant with
-    an error above what is allowed is refused and not timed; where the first one is refused, nobody is timed. Who comes
-    first in a round changes from round to round.
+    an error above what is allowed is refused and not timed; where the first one is refused, nobody is timed. The order is
+    drawn anew for each round. Short steps are taken several times in a row, as a training takes them, and their mean is kept.
 
     Args:
         facts: what the row says of the work.
@@ -65,7 +68,8 @@ def hold(facts: Mapping[str, Any], makers: Mapping[str, Maker], *, seconds: floa
 
     Returns:
         ``facts``, and: ``first``; ``errors``, pairs of error and allowed; ``refused`` and ``absent``, reasons by name;
-        ``seconds`` and ``processor``, lists by name, on the clock and of all threads; ``warm_up``, seconds of the warm rounds.
+        ``seconds`` and ``processor`` of a step, lists by name, on the clock and of all threads; ``in_a_row``, the steps of a
+        turn; ``warm_up``, seconds of the warm rounds.
 
     Example:
         >>> right = Contestant(lambda: None, lambda: {"y": (0.0, 0.0)})
@@ -112,23 +116,38 @@ def _timed(steps: dict[str, Callable[[], object]], seconds: float, warm: int) ->
     found: dict[str, Any] = {kind: {name: [] for name in steps} for kind in ("warm_up", "seconds", "processor")}
     if not steps:
         return found
-    names, rounds, started = list(steps), 0, math.inf
+    names, rounds, started, in_a_row = list(steps), 0, math.inf, 1
+    # whoever came before has left the caches as they are: nobody shall always come after the same one
+    order = np.random.default_rng(0)
     gc.disable()
     try:
         while rounds < warm + LEAST or (time.perf_counter() - started < seconds and rounds < warm + MOST):
             if rounds == warm:
-                started = time.perf_counter()
+                started, in_a_row = time.perf_counter(), _in_a_row(found["warm_up"])
             for name in names:
-                processor, clock = time.process_time(), time.perf_counter()
-                steps[name]()
-                took = time.perf_counter() - clock
+                took, processor = _turn(steps[name], in_a_row)
                 if rounds < warm:
                     found["warm_up"][name].append(took)
                 else:
                     found["seconds"][name].append(took)
-                    found["processor"][name].append(time.process_time() - processor)
-            names = names[1:] + names[:1]
+                    found["processor"][name].append(processor)
+            order.shuffle(names)
             rounds += 1
     finally:
         gc.enable()
-    return found
+    return found | {"in_a_row": in_a_row}
+
+
+def _in_a_row(warm_up: dict[str, list[float]]) -> int:
+    """Return how many steps a turn has: a short one alone would be about the code that others have put out of the cache."""
+    shortest = min((min(values) for values in warm_up.values() if values), default=math.inf)
+    return max(1, min(LONGEST, int(TURN / max(shortest, 1e-9))))
+
+
+def _turn(step: Callable[[], object], count: int) -> tuple[float, float]:
+    """Return the seconds of a step, on the clock and of all threads: the mean of some."""
+    processor, clock = time.process_time(), time.perf_counter()
+    for _ in range(count):
+        step()
+    took = time.perf_counter() - clock
+    return took / count, (time.process_time() - processor) / count

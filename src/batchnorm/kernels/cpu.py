@@ -31,14 +31,14 @@ KINDS = {"float32": types.float32, "float64": types.float64, "bfloat16": types.u
 """The dtypes, and the type that Numba sees."""
 # values of a task over rows: an eighth of all, and not more nor less than
 LEAST, MOST = 1 << 13, 1 << 17
-# values that lie side by side, and bytes of all samples, up to which channels are treated together
-RUN, SLAB = 2048, 1 << 18
+# bytes that lie side by side, and bytes of all samples, up to which channels are treated together
+RUN, SLAB = 1 << 15, 1 << 22
 # columns of a strip, at least, where there are as many
 NARROW = 64
 # places up to which planes are treated as rows
 SMALL_PLANE = 36
-# bytes of outputs that no cache would hold until they are read; past it only whole lines go
-LARGE = 3 << 23
+# bytes of outputs that no cache would hold until they are read, and of a piece that it is worth to write past it
+LARGE, PIECE = 3 << 23, 1 << 13
 # values that are worth a thread
 GRAIN = 1 << 15
 
@@ -65,9 +65,11 @@ def plan(layout: str, samples: int, channels: int, places: int, itemsize: int, m
 
 
 def _planes(samples: int, channels: int, places: int, itemsize: int, threads: int) -> Plan:
-    width = max(1, min(planes.MOST, RUN // places, SLAB // (samples * places * itemsize), channels // 8))
+    plane = places * itemsize
+    width = max(1, min(planes.MOST, RUN // plane, SLAB // (samples * plane), channels // (4 * max(2, threads))))
     strips = -(-channels // width)
-    past_cache = samples * channels * places * itemsize >= LARGE and places * itemsize % LINE == 0
+    # only whole lines go past it
+    past_cache = samples * channels * plane >= LARGE and plane >= PIECE and plane % LINE == 0
     words = block(samples=samples, channels=channels, places=places, width=width, strips=strips)
     return Plan("planes", channels, 0, min(threads, strips), past_cache, words)
 

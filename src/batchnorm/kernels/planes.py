@@ -44,7 +44,7 @@ from batchnorm.kernels.statistics import affine_of, backward_affine, is_far, kee
 __all__ = ["MOST", "backward", "forward"]
 
 # channels of a task, at most
-MOST = 32
+MOST = 128
 # eight lanes of two sums each
 TOTALS = 16 * MOST
 # mean, scale and shift

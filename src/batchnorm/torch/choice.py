@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from batchnorm.errors import KernelError, OptionError
 
@@ -70,11 +72,11 @@ def is_eager(x: Tensor) -> bool:
     return (
         type(x) is Tensor
         and x.is_cpu
-        and not torch.compiler.is_compiling()
+        and not is_compiling()
         and peek_interpreter_stack() is None
-        and not torch._C._functorch.is_legacy_batchedtensor(x)
-        and torch._C._get_tracing_state() is None
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not is_legacy_batchedtensor(x)
+        and _get_tracing_state() is None
+        and _len_torch_dispatch_stack() == 0
     )
 
 
@@ -164,7 +166,7 @@ def _described(v: Tensor) -> str:
 
 
 def _kind(x: Any) -> str:
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return "a compiler's tensor"
     return f"a {type(x).__name__} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
 

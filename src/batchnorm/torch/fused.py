@@ -203,7 +203,8 @@ def gradients(ctx: Any, dy: Tensor, x: Tensor, weight: Any, bias: Any, beside: T
 
 def _begun(how: Any, step: Step, x: Tensor, gamma: Tensor | None, beta: Tensor | None, rows: Tensor) -> "array[int]":
     """Return the arguments that both directions have in common."""
-    words, mean, row = how.words[:], rows.data_ptr(), 8 * how.channels
+    words: array[int] = how.words[:]
+    mean, row = rows.data_ptr(), 8 * how.channels
     words[X], words[EPS], words[FIXED] = x.data_ptr(), word_of(step.eps), step.fixed is not None
     words[GAMMA], words[BETA] = _address(gamma), _address(beta)
     words[MEAN], words[M2], words[RSTD] = mean, mean + row, mean + 2 * row

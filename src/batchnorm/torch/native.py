@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, native_batch_norm
 from torch.autograd import forward_ad
 
 from batchnorm.functional import batch_norm_backward
@@ -89,7 +89,7 @@ def _checked(
     if any(v is not None and v.numel() != x.shape[1] for v in (weight, bias, mean, var)):
         # who calls this one is told
         torch.batch_norm(x, weight, bias, mean, var, True, momentum, eps, False)
-    return torch.native_batch_norm(x, weight, bias, mean, var, True, momentum, eps)
+    return native_batch_norm(x, weight, bias, mean, var, True, momentum, eps)
 
 
 class _Scratch(threading.local):
@@ -139,7 +139,7 @@ def _looked_over(
     """Do the same with a kernel of ours that looks at all statistics at once: each call of ATen's costs a cold cache."""
     channels = x.shape[1]
     both, mean, var = _SCRATCH.of(channels)
-    y, _, rstd = torch.native_batch_norm(x, weight, bias, mean, var, True, 1.0, eps)
+    y, _, rstd = native_batch_norm(x, weight, bias, mean, var, True, 1.0, eps)
     running_mean, running_var, batches, momentum = running
     verdict = _mover()(
         both.data_ptr(), rstd.data_ptr(), (rstd if weight is None else weight).data_ptr(), running_mean.data_ptr(),

@@ -89,10 +89,11 @@ def few_of(x: Tensor, residual: Any = None, activation: str | None = None) -> in
 
     Few rows are what its kernels are best at, and its node of autograd costs less than one in Python.
     """
-    alone = residual is None and activation is None
-    if alone and x.dtype == torch.float32 and in_rows(x) and x.numel() <= FEW_ROWS * x.shape[1]:
-        return FEW_IN_ROWS
-    return FEW
+    if residual is not None or activation is not None or x.dtype is not torch.float32:
+        return FEW
+    shape = x.shape
+    few = shape[0] <= FEW_ROWS if len(shape) == 2 else in_rows(x) and x.numel() <= FEW_ROWS * shape[1]
+    return FEW_IN_ROWS if few else FEW
 
 
 def followed(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
@@ -120,23 +121,28 @@ def alike(residual: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def normalize_in_place(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, running: fused.Running, eps: float, *follow: Any
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: fused.Running,
+    eps: float,
+    residual: Tensor | None,
+    activation: str | None,
 ) -> Tensor | None:
     """Return ``activation(normalize(x) + residual)`` and move the running statistics, in as few readings as there can be.
 
-    Returns ``None``, and changes nothing, if something is not finite. ``x`` is eager; ``follow`` is the residual and the
-    activation.
+    Returns ``None``, and changes nothing, if something is not finite. ``x`` is eager.
     """
-    residual, activation = follow
-    choice = choose(x, weight, bias, residual, running[0], few=few_of(x, *follow), at_hand=True)
-    if choice.name == "definition":
+    few = few_of(x, residual, activation)
+    choice = choose(x, weight, bias, residual, running[0], few=few, at_hand=True).name
+    if choice == "aten":
+        y = native.normalize_in_place(x, weight, bias, running, eps)
+        return y if y is None else followed(y, residual, activation)
+    if choice == "definition":
         return None
-    if choice.name == "kernel":
-        x = native.dense(x)
-        y, found = fused.normalize(x, weight, bias, alike(residual, x), fused.Step(activation, eps, None, running))
-        return y if found.finite else None
-    plain = native.normalize_in_place(x, weight, bias, running, eps)
-    return None if plain is None else followed(plain, residual, activation)
+    x = native.dense(x)
+    fused_y, found = fused.normalize(x, weight, bias, alike(residual, x), fused.Step(activation, eps, None, running))
+    return fused_y if found.finite else None
 
 
 def normalize_weighted(
