@@ -250,6 +250,45 @@ def test_another_tensor_in_the_place_of_a_dead_output_is_saved_as_it_is():
         assert memory.unpack(memory.pack(y)).data_ptr() == y.data_ptr()
 
 
+LARGE = (8, C, 64, 64)
+
+
+def test_memory_that_is_lent_again_holds_another_output():
+    """An output that is gone, and one with a residual in its place, which is no recipe; its storage never died."""
+    x, taken = torch.randn(LARGE).requires_grad_(), []
+    with bn.recompute():
+        memory = active()
+        for _ in range(5):
+            y = layer()(x)
+            place = y.data_ptr()
+            assert memory.unpack(memory.pack(y)).data_ptr() != place
+            del y
+            other = layer()(x, residual=x)
+            taken.append(other.data_ptr() == place)
+            assert memory.unpack(memory.pack(other)).data_ptr() == other.data_ptr()
+            del other
+    assert any(taken)
+
+
+def test_what_was_made_again_is_made_once_more_when_its_memory_went_on():
+    x, taken = torch.randn(LARGE).requires_grad_(), []
+    for _ in range(5):
+        with bn.recompute():
+            y = layer()(x)
+            right, saved = y.detach().clone(), active().pack(y)
+            memory = active()
+            del y
+        first = memory.unpack(saved)
+        assert memory.unpack(saved).data_ptr() == first.data_ptr()
+        place = first.data_ptr()
+        del first
+        others = [bn.BatchNorm2d(C)(x.detach()) for _ in range(3)]
+        taken += [other.data_ptr() == place for other in others]
+        assert torch.equal(memory.unpack(saved), right)
+        assert torch.equal(others[0], others[1])
+    assert any(taken)
+
+
 SITUATIONS = {
     "evaluation": lambda m: m.eval(),
     "frozen": bn.freeze,

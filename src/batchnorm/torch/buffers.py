@@ -8,6 +8,8 @@ import ctypes
 import os
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from sys import getrefcount
 from typing import Any, NamedTuple
@@ -17,7 +19,7 @@ from torch import Tensor, UntypedStorage
 
 from batchnorm.errors import OptionError
 
-__all__ = ["empty_like", "keep_memory"]
+__all__ = ["empty_like", "keep_memory", "turn_of", "unlent"]
 
 # bytes from which memory is kept, and what they are rounded up to
 LEAST, STEP = 1 << 19, 1 << 16
@@ -77,6 +79,8 @@ class _Store:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.pieces: dict[int, list[_Piece]] = {}
+        # how often each piece was lent, by its handle
+        self.turns: dict[int, int] = {}
         self.bytes, self.limit = 0, _usual()
 
     def take(self, x: Tensor, size: int) -> Tensor | None:
@@ -86,8 +90,7 @@ class _Store:
             if piece.is_free():
                 # what was lent longest ago is looked at first
                 pieces.append(pieces.pop(k) if piece.fits(x) else pieces.pop(k).formed(x))
-                # a tensor of its own, on the same memory
-                return pieces[-1].tensor.data
+                return self._lent(pieces[-1])
         return self._new(x, size)
 
     def _new(self, x: Tensor, size: int) -> Tensor | None:
@@ -99,6 +102,11 @@ class _Store:
         piece = _formed(storage, x)
         self.pieces[size] = [*self.pieces.pop(size, []), piece]
         self.bytes += size
+        return self._lent(piece)
+
+    def _lent(self, piece: _Piece) -> Tensor:
+        self.turns[piece.handle] = self.turns.get(piece.handle, 0) + 1
+        # a tensor of its own, on the same memory
         return piece.tensor.data
 
     def shrink(self, limit: int) -> None:
@@ -106,16 +114,19 @@ class _Store:
         for size in [*self.pieces]:
             if self.bytes <= limit:
                 return
-            kept = [piece for piece in self.pieces[size] if piece.holders() != _NOBODY]
-            self.bytes -= size * (len(self.pieces[size]) - len(kept))
+            kept = []
+            for piece in self.pieces.pop(size):
+                if piece.holders() == _NOBODY:
+                    self.bytes -= size
+                    del self.turns[piece.handle]
+                else:
+                    kept.append(piece)
             if kept:
                 self.pieces[size] = kept
-            else:
-                del self.pieces[size]
 
     def forget(self) -> None:
         """Forget all pieces; what is lent is freed by those who hold it."""
-        self.pieces, self.bytes = {}, 0
+        self.pieces, self.turns, self.bytes = {}, {}, 0
 
 
 _STORE = _Store()
@@ -139,6 +150,18 @@ def empty_like(x: Tensor) -> Tensor:
     with _STORE.lock:
         y = _STORE.take(x, -(-size // STEP) * STEP)
     return torch.empty_like(x) if y is None else y
+
+
+@contextmanager
+def unlent() -> Iterator[None]:
+    """Lend nothing inside of the context, in any thread."""
+    with _STORE.lock:
+        yield
+
+
+def turn_of(storage: UntypedStorage) -> int:
+    """Return how often this memory was lent: if it was not since, what stands there is what was written then."""
+    return _STORE.turns.get(storage._cdata, 0)
 
 
 def keep_memory(most: int) -> int:

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, UntypedStorage, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from batchnorm.errors import RecomputeError
+from batchnorm.torch.buffers import turn_of, unlent
 
 __all__ = ["active", "recompute"]
 
@@ -150,7 +152,9 @@ class _Output:
     def __init__(self, y: Tensor, make: Callable[..., Tensor]) -> None:
         self.make, self.shape, self.stride = make, y.shape, y.stride()
         self.counter, self.version = _counter_of(y), y._version
+        # what was made last, and which turn of its memory that was
         self.built: weakref.ref[UntypedStorage] | None = None
+        self.turn = 0
 
     def is_same(self, t: Tensor) -> bool:
         """Whether a tensor in the output's storage reads what was written there."""
@@ -159,15 +163,16 @@ class _Output:
     def again(self, inputs: Callable[[], list[Tensor | None]]) -> Tensor:
         """Return a tensor with the same values in the same places; the one that was made last, if somebody holds it."""
         _check(self.counter, self.version, self.shape)
-        storage = None if self.built is None else self.built()
-        if storage is not None:
-            y = self.counter.new_empty(0)
-            return y.set_(storage, 0, self.shape, self.stride)
+        with unlent():
+            storage = None if self.built is None else self.built()
+            if storage is not None and turn_of(storage) == self.turn:
+                return self.counter.new_empty(0).set_(storage, 0, self.shape, self.stride)
         y = self.make(*inputs())
         if y.stride() != self.stride:
             # other hooks have given the input in another layout
             y = torch.empty_strided(self.shape, self.stride, dtype=y.dtype).copy_(y)
-        self.built = weakref.ref(y.untyped_storage())
+        storage = y.untyped_storage()
+        self.built, self.turn = weakref.ref(storage), turn_of(storage)
         return y
 
 
@@ -181,15 +186,21 @@ class _Recipe(NamedTuple):
     offset: Any
 
 
+class _Remembered(NamedTuple):
+    # a storage outlives its tensors where its memory is lent again: see `buffers`
+    alive: "weakref.ref[Tensor]"
+    output: _Output
+    inputs: tuple[_Kept | None, ...]
+
+
 class Memory:
     """The outputs that can be made again, while they live, and the hooks that save recipes for them."""
 
     def __init__(self, outer: Hooks | None) -> None:
         # hooks that stand there already get what is saved after all
         self.outer = outer
-        self.outputs: weakref.WeakKeyDictionary[UntypedStorage, tuple[_Output, tuple[_Kept | None, ...]]] = (
-            weakref.WeakKeyDictionary()
-        )
+        # by the address of their storage
+        self.outputs: dict[int, _Remembered] = {}
 
     def remember(self, y: Tensor, inputs: tuple[Tensor | None, ...], make: Callable[..., Tensor]) -> None:
         """Remember that an output, alone in its storage, is ``make(*inputs)``, and that all inputs are saved anyway.
@@ -199,16 +210,21 @@ class Memory:
         if any(v is not None and self._find(v) is not None for v in inputs):
             return
         kept = tuple([None if v is None else _plain(v) for v in inputs])
-        self.outputs[y.untyped_storage()] = _Output(y, make), kept
+        place = y.untyped_storage()._cdata
+        self.outputs[place] = _Remembered(weakref.ref(y, partial(self._forget, place)), _Output(y, make), kept)
+
+    def _forget(self, place: int, output: "weakref.ref[Tensor]") -> None:
+        found = self.outputs.get(place)
+        if found is not None and found.alive is output:
+            del self.outputs[place]
 
     def pack(self, t: Tensor) -> _Recipe | _Kept:
         """Return what is saved for a tensor."""
         found = self._find(t)
         if found is None:
             return self._keep(t)
-        output, inputs = found
-        kept = tuple([None if v is None else self._keep(v.value) for v in inputs])
-        return _Recipe(output, kept, t.shape, t.stride(), t.storage_offset())
+        kept = tuple([None if v is None else self._keep(v.value) for v in found.inputs])
+        return _Recipe(found.output, kept, t.shape, t.stride(), t.storage_offset())
 
     def unpack(self, saved: _Recipe | _Kept) -> Tensor:
         """Return the tensor that something was saved for.
@@ -221,13 +237,13 @@ class Memory:
         y = saved.output.again(lambda: [None if v is None else self._give(v) for v in saved.inputs])
         return y.as_strided(saved.shape, saved.stride, saved.offset)
 
-    def _find(self, t: Tensor) -> tuple[_Output, tuple[_Kept | None, ...]] | None:
+    def _find(self, t: Tensor) -> _Remembered | None:
         if type(t) is not Tensor or not t.is_cpu or t.layout is not torch.strided:
             return None
-        found = self.outputs.get(t.untyped_storage())
-        if found is None or not found[0].is_same(t):
+        found = self.outputs.get(t.untyped_storage()._cdata)
+        if found is None or not found.output.is_same(t):
             return None
-        intact = all(v is None or v.value._version == v.version for v in found[1])
+        intact = all(v is None or v.value._version == v.version for v in found.inputs)
         return found if intact else None
 
     def _keep(self, t: Tensor) -> _Kept:
