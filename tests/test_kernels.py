@@ -259,13 +259,13 @@ def test_what_is_not_finite_moves_no_statistics(name, bad):
 
 
 def test_a_block_of_other_sources_is_not_touched(monkeypatch):
-    plain = cpu.forward
+    plain = cpu.run
 
-    def of_others(how, kind, activation, adds, words):
+    def of_others(key, how, words):
         words[BUILD] += 1
-        plain(how, kind, activation, adds, words)
+        plain(key, how, words)
 
-    monkeypatch.setattr(cpu, "forward", of_others)
+    monkeypatch.setattr(cpu, "run", of_others)
     assert bool(Case("rows").ours(None)[0].isnan().all())
 
 

@@ -25,7 +25,7 @@ from batchnorm.kernels.activations import CODES
 from batchnorm.kernels.arguments import DRESIDUAL, DX, PAST_CACHE, Y, block, build_number
 from batchnorm.kernels.runs import LINE
 
-__all__ = ["KINDS", "Plan", "backward", "compiled", "forward", "mover", "notes", "plan"]
+__all__ = ["KINDS", "Plan", "mover", "notes", "plan", "run"]
 
 KINDS = {"float32": types.float32, "float64": types.float64, "bfloat16": types.uint16, "float16": types.int16}
 """The dtypes, and the type that Numba sees."""
@@ -102,12 +102,6 @@ _notes: list[str] = []
 _said: list[float] = []
 
 
-def compiled(layout: str, part: str, kind: str, activation: str | None, adds: int) -> int:
-    """Return the address of a kernel, compiled when it is first asked for, and kept on disk for later processes."""
-    key = (layout, part, kind, activation, adds)
-    return _addresses.get(key) or _compile(key)
-
-
 def _compile(key: Key) -> int:
     layout, part, kind, activation, adds = key
     with _compiling:
@@ -164,17 +158,12 @@ def notes() -> tuple[str, ...]:
     return tuple(note for note in (*dict.fromkeys(_notes), pool.reason()) if note)
 
 
-def forward(how: Plan, kind: str, activation: str | None, adds: bool, words: "array[int]") -> None:
-    """Run the kernel of ``y``; what it finds is where the arguments point."""
-    _run("forward", how, kind, activation, int(adds), words)
+def run(key: Key, how: Plan, words: "array[int]") -> None:
+    """Run a kernel, compiled when it is first asked for; what it finds is where the arguments point.
 
-
-def backward(how: Plan, kind: str, activation: str | None, adds: int, words: "array[int]") -> None:
-    """Run the kernel of the gradients; ``adds`` is 1 where ``residual`` was added, 2 where the output stands in its place."""
-    _run("backward", how, kind, activation, adds, words)
-
-
-def _run(part: str, how: Plan, kind: str, activation: str | None, adds: int, words: "array[int]") -> None:
+    ``key`` is the layout, ``"forward"`` or ``"backward"``, the dtype, the activation, and 1 where ``residual`` is added; in a
+    backward 2 where the output stands in its place.
+    """
     # outputs of the other direction have no address
     words[PAST_CACHE] = how.past_cache and (words[Y] | words[DX] | words[DRESIDUAL]) % LINE == 0
-    pool.run(compiled(how.layout, part, kind, activation, adds), words, how.threads)
+    pool.run(_addresses.get(key) or _compile(key), words, how.threads)

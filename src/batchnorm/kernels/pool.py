@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["attach", "reason", "run", "threads"]
+__all__ = ["attach", "reason", "run"]
 
 
 class _Pool:
@@ -46,11 +46,6 @@ def reason() -> str:
     return _Pool.reason
 
 
-def threads(wanted: int) -> int:
-    """Return how many threads there can be."""
-    return 1 if _Pool.forked or _Pool.parallel is None else wanted
-
-
 @lru_cache(maxsize=4096)
 def _alone(address: int) -> Callable[[int], None]:
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
@@ -59,7 +54,7 @@ def _alone(address: int) -> Callable[[int], None]:
 def run(address: int, arguments: "array[int]", wanted: int) -> None:
     """Run a kernel; the interpreter is free for other threads meanwhile."""
     place, _ = arguments.buffer_info()
-    if wanted > 1 and threads(wanted) > 1 and _Pool.parallel is not None:
+    if wanted > 1 and not _Pool.forked and _Pool.parallel is not None:
         _Pool.parallel(address, place, wanted, 0)
     else:
         _alone(address)(place)

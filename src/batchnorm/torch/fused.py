@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, empty, get_num_threads, is_grad_enabled
 
 from batchnorm.kernels.arguments import (
     AFFINE,
@@ -111,7 +111,7 @@ def normalize(
 ) -> tuple[Tensor, Found]:
     """Return ``activation(normalize(x) + residual)`` and what was found; ``x`` is dense, everything fits."""
     found: list[Found] = []
-    if torch.is_grad_enabled() and (
+    if is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
@@ -161,7 +161,7 @@ def forward(
 ) -> Tensor:
     """Run the kernels, and append what they find."""
     how, y = plan_of(x), empty_like(x)
-    rows = torch.empty(3, how.channels, dtype=torch.float64)
+    rows = empty(3, how.channels, dtype=torch.float64)
     if step.fixed is not None:
         torch.stack((step.fixed[0], step.fixed[0], step.fixed[1]), out=rows)
     # copies in full precision, which must live as long as the arguments
@@ -172,21 +172,21 @@ def forward(
         mean, var, batches, momentum = step.running
         words[RUNNING_MEAN], words[RUNNING_VAR] = mean.data_ptr(), var.data_ptr()
         words[BATCHES], words[MOMENTUM] = _address(batches), word_of(momentum)
-    kernels().forward(how, KINDS[x.dtype], step.activation, residual is not None, words)
+    kernels().run((how.layout, "forward", KINDS[x.dtype], step.activation, int(residual is not None)), how, words)
     found.append(Found(rows, bool(words[FINITE])))
     return y
 
 
 def gradients(ctx: Any, dy: Tensor, x: Tensor, weight: Any, bias: Any, beside: Tensor | None) -> tuple[Any, ...]:
     """Return the gradients of x, γ, β and the residual."""
-    if torch.is_grad_enabled():
+    if is_grad_enabled():
         return again(ctx, dy, x, weight, bias, beside)
     if not is_eager(dy):
         return at_once(ctx, dy, x, weight, bias, beside)
     step, how = ctx.step, plan_of(x)
     dy = dy if dy.stride() == x.stride() else dy.contiguous(memory_format=layout_of(x))
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    dgamma, dbeta = torch.empty(how.channels, dtype=dtype), torch.empty(how.channels, dtype=dtype)
+    dgamma, dbeta = empty(how.channels, dtype=dtype), empty(how.channels, dtype=dtype)
     # with an activation, the gradient of what was added is another than dy
     own = ctx.adds and step.activation is not None
     dx = empty_like(x) if own or ctx.needs_input_grad[0] else None
@@ -197,7 +197,7 @@ def gradients(ctx: Any, dy: Tensor, x: Tensor, weight: Any, bias: Any, beside: T
     words[RESIDUAL], words[DRESIDUAL] = _address(beside), _address(dresidual) if own else 0
     words[DGAMMA], words[DBETA] = dgamma.data_ptr(), dbeta.data_ptr()
     adds = 0 if beside is None else 2 if ctx.gated else 1
-    kernels().backward(how, KINDS[x.dtype], step.activation, adds, words)
+    kernels().run((how.layout, "backward", KINDS[x.dtype], step.activation, adds), how, words)
     return dx, as_parameter(dgamma, weight), as_parameter(dbeta, bias), dresidual
 
 
@@ -242,7 +242,7 @@ def layout_of(x: Tensor) -> torch.memory_format:
 
 def plan_of(x: Tensor) -> Any:
     """Divide a dense batch into tasks."""
-    return _planned(x.shape, x.is_contiguous(), x.element_size(), torch.get_num_threads())
+    return _planned(x.shape, x.is_contiguous(), x.element_size(), get_num_threads())
 
 
 @lru_cache(maxsize=4096)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor, UntypedStorage, nn
+from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.autograd.graph import saved_tensors_hooks
 
 from batchnorm.errors import RecomputeError
@@ -78,7 +79,7 @@ def recompute(model: M | None = None, *, enabled: bool = True) -> Any:
 
 def active() -> "Memory | None":
     """Return what remembers outputs at the moment, in this thread."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    hooks = _top_saved_tensors_default_hooks(False)
     memory = None if hooks is None else getattr(hooks[0], "__self__", None)
     return memory if isinstance(memory, Memory) else None
 
@@ -88,7 +89,7 @@ def _recomputing() -> Iterator[None]:
     if not _can_hook() or active() is not None:
         yield
         return
-    memory = Memory(torch._C._autograd._top_saved_tensors_default_hooks(False))
+    memory = Memory(_top_saved_tensors_default_hooks(False))
     try:
         with saved_tensors_hooks(memory.pack, memory.unpack):
             yield
