@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from batchnorm.errors import KernelError, OptionError
+from batchnorm.errors import BatchNormWarning, KernelError, NonFiniteError, OptionError
 from batchnorm.functional import (
     batch_norm_backward,
     batch_norm_inference,
@@ -473,6 +473,50 @@ def test_parameters_that_a_kernel_cannot_read_are_left_to_torch(shape):
         layer(x)
     with pytest.raises((RuntimeError, NotImplementedError)):
         make(channels, device="meta")(x)
+
+
+@pytest.mark.parametrize("shape", [(64, 40, 32, 32), (64, 8, 16, 16), (256, 512)])
+def test_another_default_device_changes_nothing(shape):
+    make, x = BatchNorm2d if len(shape) == 4 else BatchNorm1d, torch.randn(shape)
+
+    def step():
+        layer, leaf = make(shape[1], device="cpu"), x.clone().requires_grad_()
+        y = layer(leaf)
+        y.backward(x)
+        return y, leaf.grad, layer.weight.grad, layer.running_var
+
+    expected = step()
+    with torch.device("meta"):
+        found = step()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_batch_that_is_taken_again_leaves_other_graphs_alone():
+    """Its statistics were in memory that other layers of the size have used."""
+    first, second = BatchNorm1d(512), BatchNorm1d(512)
+    x, far = torch.randn(256, 512, requires_grad=True), torch.randn(256, 512) + 1e4
+    y = first(x)
+    z = second(far)
+    assert_near(z.detach().numpy(), batch_norm_train(far.double().numpy()).y, ulps=4096)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    assert_near(x.grad.numpy(), batch_norm_backward(dy.double().numpy(), x.detach().double().numpy()).dx, ulps=64)
+    assert int(first.num_batches_tracked) == int(second.num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize("place", ["batch", "γ"])
+def test_what_is_not_finite_moves_no_statistics_behind_atens_kernels(place):
+    layer, x = BatchNorm1d(300), torch.randn(128, 300)
+    layer(x)
+    wrong = {"batch": x, "γ": layer.weight}
+    wrong[place].detach().view(-1)[7] = torch.inf
+    before = [v.clone() for v in (layer.running_mean, layer.running_var)]
+    with pytest.warns(BatchNormWarning) if place != "γ" else pytest.raises(NonFiniteError):
+        layer(x)
+    assert torch.equal(torch.stack((layer.running_mean, layer.running_var)), torch.stack(before))
+    wrong[place].detach().view(-1)[7] = 1.0
+    layer(x)
+    assert bool(torch.stack((layer.running_mean, layer.running_var)).isfinite().all())
 
 
 def test_vmap_and_forward_mode_leave_the_kernel():

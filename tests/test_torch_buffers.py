@@ -144,6 +144,18 @@ def test_several_threads_never_share_a_block():
     assert not wrong
 
 
+def test_who_asks_while_memory_is_given_out_gets_other_memory():
+    """A finalizer may run a layer in the middle of it, in the same thread."""
+    x = torch.empty(LEAST)
+    y = empty_like(x).fill_(1.0)
+    storage = y.untyped_storage()
+    turn = buffers.turn_of(storage)
+    with buffers._STORE.lock:
+        assert empty_like(x).fill_(2.0).data_ptr() != y.data_ptr()
+        assert buffers.once_more(storage, turn, x.dtype, x.shape, x.stride()) is None
+    assert torch.equal(buffers.once_more(storage, turn, x.dtype, x.shape, x.stride()), y)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_a_forked_process_writes_into_memory_of_its_own():
     y = empty_like(torch.empty(LEAST)).fill_(1.0)

@@ -8,8 +8,6 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from sys import getrefcount
 from typing import Any, NamedTuple
@@ -19,7 +17,7 @@ from torch import Tensor, UntypedStorage
 
 from batchnorm.errors import OptionError
 
-__all__ = ["empty_like", "keep_memory", "turn_of", "unlent"]
+__all__ = ["empty_like", "keep_memory", "once_more", "turn_of"]
 
 # bytes from which memory is kept, and what they are rounded up to
 LEAST, STEP = 1 << 19, 1 << 16
@@ -42,7 +40,7 @@ class _Piece(NamedTuple):
 
     def is_free(self) -> bool:
         """Whether nothing else holds the memory, which was neither resized nor moved to where another process sees it."""
-        return self.holders() == _NOBODY and self.tensor.data_ptr() == self.address
+        return self.holders() == _nobody() and self.tensor.data_ptr() == self.address
 
     def fits(self, x: Tensor) -> bool:
         """Whether the tensor has the form of another."""
@@ -57,12 +55,14 @@ class _Piece(NamedTuple):
 # a tensor of inference could not be saved for a backward
 @torch.inference_mode(mode=False)
 def _formed(storage: UntypedStorage, x: Tensor) -> _Piece:
-    tensor = torch.empty(0, dtype=x.dtype).set_(storage, 0, x.shape, x.stride())
+    tensor = torch.empty(0, dtype=x.dtype, device="cpu").set_(storage, 0, x.shape, x.stride())
     return _Piece(tensor, storage, storage._cdata, storage.data_ptr())
 
 
-# what a piece is held by that is not lent
-_NOBODY = (0, 0) if _holders is None else _formed(UntypedStorage(4), torch.empty(1)).holders()  # type: ignore[no-untyped-call]
+@lru_cache(maxsize=1)
+def _nobody() -> tuple[int, int]:
+    """Return what a piece is held by that is not lent."""
+    return _formed(UntypedStorage(4), torch.empty(1, device="cpu")).holders()  # type: ignore[no-untyped-call]
 
 
 def _usual() -> int:
@@ -116,7 +116,7 @@ class _Store:
                 return
             kept = []
             for piece in self.pieces.pop(size):
-                if piece.holders() == _NOBODY:
+                if piece.holders() == _nobody():
                     self.bytes -= size
                     del self.turns[piece.handle]
                 else:
@@ -144,19 +144,28 @@ if hasattr(os, "register_at_fork"):
 
 def empty_like(x: Tensor) -> Tensor:
     """Return a tensor of the shape, strides and dtype of ``x``, which is dense; its values are anything."""
-    size = x.nbytes
-    if size < LEAST or _STORE.limit == 0:
-        return torch.empty_like(x)
-    with _STORE.lock:
-        y = _STORE.take(x, -(-size // STEP) * STEP)
+    size, y = x.nbytes, None
+    # who holds it is another thread, or this one: a finalizer may run anywhere
+    if size >= LEAST and _STORE.limit > 0 and _STORE.lock.acquire(blocking=False):
+        try:
+            y = _STORE.take(x, -(-size // STEP) * STEP)
+        finally:
+            _STORE.lock.release()
     return torch.empty_like(x) if y is None else y
 
 
-@contextmanager
-def unlent() -> Iterator[None]:
-    """Lend nothing inside of the context, in any thread."""
-    with _STORE.lock:
-        yield
+def once_more(
+    storage: UntypedStorage, turn: int, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...]
+) -> Tensor | None:
+    """Return another tensor on memory that holds what it held in some turn; ``None`` where it was lent since."""
+    if not _STORE.lock.acquire(blocking=False):
+        return None
+    try:
+        # it can't be lent before this tensor holds it
+        unchanged = turn_of(storage) == turn
+        return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, stride) if unchanged else None
+    finally:
+        _STORE.lock.release()
 
 
 def turn_of(storage: UntypedStorage) -> int:

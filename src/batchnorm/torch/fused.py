@@ -161,12 +161,13 @@ def forward(
 ) -> Tensor:
     """Run the kernels, and append what they find."""
     how, y = plan_of(x), empty_like(x)
-    rows = empty(3, how.channels, dtype=torch.float64)
+    rows = empty(3, how.channels, dtype=torch.float64, device="cpu")
     if step.fixed is not None:
         torch.stack((step.fixed[0], step.fixed[0], step.fixed[1]), out=rows)
     # copies in full precision, which must live as long as the arguments
     gamma, beta = full(weight, x), full(bias, x)
-    words = _begun(how, step, x, gamma, beta, rows)
+    parts = _PARTS.room(how)
+    words = _begun(how, step, x, gamma, beta, rows, parts)
     words[Y], words[RESIDUAL] = y.data_ptr(), _address(residual)
     if step.running is not None:
         mean, var, batches, momentum = step.running
@@ -186,13 +187,15 @@ def gradients(ctx: Any, dy: Tensor, x: Tensor, weight: Any, bias: Any, beside: T
     step, how = ctx.step, plan_of(x)
     dy = dy if dy.stride() == x.stride() else dy.contiguous(memory_format=layout_of(x))
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    dgamma, dbeta = empty(how.channels, dtype=dtype), empty(how.channels, dtype=dtype)
+    dgamma = empty(how.channels, dtype=dtype, device="cpu")
+    dbeta = empty_like(dgamma)
     # with an activation, the gradient of what was added is another than dy
     own = ctx.adds and step.activation is not None
     dx = empty_like(x) if own or ctx.needs_input_grad[0] else None
     dresidual = empty_like(x) if own else dy if ctx.adds else None
     gamma, beta = full(weight, x), full(bias, x)
-    words = _begun(how, step, x, gamma, beta, ctx.found.rows)
+    parts = _PARTS.room(how)
+    words = _begun(how, step, x, gamma, beta, ctx.found.rows, parts)
     words[DY], words[DX], words[DERIVE] = dy.data_ptr(), _address(dx), dx is not None
     words[RESIDUAL], words[DRESIDUAL] = _address(beside), _address(dresidual) if own else 0
     words[DGAMMA], words[DBETA] = dgamma.data_ptr(), dbeta.data_ptr()
@@ -201,31 +204,31 @@ def gradients(ctx: Any, dy: Tensor, x: Tensor, weight: Any, bias: Any, beside: T
     return dx, as_parameter(dgamma, weight), as_parameter(dbeta, bias), dresidual
 
 
-def _begun(how: Any, step: Step, x: Tensor, gamma: Tensor | None, beta: Tensor | None, rows: Tensor) -> "array[int]":
+def _begun(
+    how: Any, step: Step, x: Tensor, gamma: Tensor | None, beta: Tensor | None, rows: Tensor, parts: "array[float]"
+) -> "array[int]":
     """Return the arguments that both directions have in common."""
     words: array[int] = how.words[:]
     mean, row = rows.data_ptr(), 8 * how.channels
     words[X], words[EPS], words[FIXED] = x.data_ptr(), word_of(step.eps), step.fixed is not None
     words[GAMMA], words[BETA] = _address(gamma), _address(beta)
     words[MEAN], words[M2], words[RSTD] = mean, mean + row, mean + 2 * row
-    if how.blocks:
-        # three rows, and two for each block
-        words[AFFINE] = _PARTS.address((2 * how.blocks + 3) * how.channels)
-        words[PARTS] = words[AFFINE] + 3 * row
+    words[AFFINE], _ = parts.buffer_info()
+    words[PARTS] = words[AFFINE] + 3 * row
     return words
 
 
 class _Parts(threading.local):
-    """What kernels write down between their phases, in this thread."""
+    """What kernels write down between their phases, in this thread; whoever runs one must hold the array."""
 
     kept: "array[float]" = array("d")
 
-    def address(self, numbers: int) -> int:
-        """Return where there is room for some numbers."""
+    def room(self, how: Any) -> "array[float]":
+        """Return room for three rows, and two for each block."""
+        numbers = (2 * how.blocks + 3) * how.channels if how.blocks else 0
         if len(self.kept) < numbers:
             self.kept = array("d", bytes(8 * numbers))
-        place, _ = self.kept.buffer_info()
-        return place
+        return self.kept
 
 
 _PARTS = _Parts()

@@ -93,23 +93,24 @@ def _checked(
 
 
 class _Scratch(threading.local):
-    """Statistics of a batch by number of channels, in this thread: finite whenever they are not in use."""
+    """Statistics of a batch by number of channels, in this thread; those that are kept are finite."""
 
     def __init__(self) -> None:
         self.kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def of(self, channels: int) -> tuple[Tensor, Tensor, Tensor]:
-        found = self.kept.get(channels)
+    def taken(self, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return means, variances and both, which nobody else gets: a finalizer may run another layer anywhere."""
+        found = self.kept.pop(channels, None)
         if found is None:
             with torch.inference_mode(mode=False):
-                both = torch.zeros(2, channels)
-                found = self.kept[channels] = (both, both[0], both[1])
+                both = torch.zeros(2, channels, device="cpu")
+                found = both[0], both[1], both
         return found
 
 
 _SCRATCH = _Scratch()
 # where the batches of those are counted who do not count them
-_NOT_COUNTED = torch.zeros((), dtype=torch.int64)
+_NOT_COUNTED = torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 def _is_plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running) -> bool:
@@ -138,7 +139,7 @@ def _looked_over(
 ) -> Tensor | None:
     """Do the same with a kernel of ours that looks at all statistics at once: each call of ATen's costs a cold cache."""
     channels = x.shape[1]
-    both, mean, var = _SCRATCH.of(channels)
+    mean, var, both = scratch = _SCRATCH.taken(channels)
     y, _, rstd = native_batch_norm(x, weight, bias, mean, var, True, 1.0, eps)
     running_mean, running_var, batches, momentum = running
     verdict = _mover()(
@@ -147,9 +148,9 @@ def _looked_over(
         bound_of(rows) if rows else math.inf, momentum,
     )  # fmt: skip
     if verdict == MOVED:
+        _SCRATCH.kept[channels] = scratch
         _derive_to_any_order(y)
         return y
-    both.zero_()
     return None if verdict == NOT_FINITE else _rows_in_place(x, weight, bias, running, eps)
 
 
@@ -206,5 +207,5 @@ def _derive_to_any_order(y: Tensor) -> None:
 
 
 # Hooking each output costs a tenth of a small layer's time; a node borrows the hooks of this tensor at next to none.
-_CARRIER: Any = torch.zeros((), requires_grad=True)
+_CARRIER: Any = torch.zeros((), requires_grad=True, device="cpu")
 _CARRIER._backward_hooks = OrderedDict({0: _before_backward})

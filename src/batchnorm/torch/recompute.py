@@ -17,7 +17,7 @@ from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.autograd.graph import saved_tensors_hooks
 
 from batchnorm.errors import RecomputeError
-from batchnorm.torch.buffers import turn_of, unlent
+from batchnorm.torch.buffers import once_more, turn_of
 
 __all__ = ["active", "recompute"]
 
@@ -164,10 +164,11 @@ class _Output:
     def again(self, inputs: Callable[[], list[Tensor | None]]) -> Tensor:
         """Return a tensor with the same values in the same places; the one that was made last, if somebody holds it."""
         _check(self.counter, self.version, self.shape)
-        with unlent():
-            storage = None if self.built is None else self.built()
-            if storage is not None and turn_of(storage) == self.turn:
-                return self.counter.new_empty(0).set_(storage, 0, self.shape, self.stride)
+        storage = None if self.built is None else self.built()
+        if storage is not None:
+            same = once_more(storage, self.turn, self.counter.dtype, self.shape, self.stride)
+            if same is not None:
+                return same
         y = self.make(*inputs())
         if y.stride() != self.stride:
             # other hooks have given the input in another layout

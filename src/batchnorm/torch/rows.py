@@ -143,7 +143,9 @@ def _moments_of_columns(x: Tensor) -> Moments:
     total = Moments.empty()
     for columns, parts in _short_columns(x):
         # half precision would keep the statistics in half precision, were it not given wider ones to update
-        old_mean, old_var = torch.zeros(2, columns.shape[1]).unbind() if x.element_size() < 4 else (None, None)
+        old_mean, old_var = (
+            torch.zeros(2, columns.shape[1], device=x.device).unbind() if x.element_size() < 4 else (None, None)
+        )
         mean, var = torch.batch_norm_update_stats(columns, old_mean, old_var, 0.0)
         part = _merged(len(columns), mean.numpy().reshape(parts, -1), var.numpy().reshape(parts, -1))
         total = part if total.count == 0 else total.merge(part)
