@@ -24,7 +24,7 @@ NETWORKS = (
     "shufflenet_v2_x1_0", "regnet_y_400mf", "googlenet",
 )  # fmt: skip
 QUICK = ("resnet18",)
-SAMPLES, SIDE, SECONDS = 16, 128, 25.0
+SAMPLES, SIDE, SECONDS = 16, 128, 60.0
 QUICK_SAMPLES, QUICK_SIDE = 4, 32
 # in float64 convolutions take long
 SMALL = (4, 32)
