@@ -475,6 +475,17 @@ def test_parameters_that_a_kernel_cannot_read_are_left_to_torch(shape):
         make(channels, device="meta")(x)
 
 
+@pytest.mark.parametrize("name", ["running_var", "num_batches_tracked"])
+def test_running_statistics_that_a_kernel_cannot_write_are_left_to_torch(name):
+    layer, x = BatchNorm2d(8, activation="relu"), torch.randn(64, 8, 16, 16)
+    layer._buffers[name] = {"running_var": torch.ones(16)[::2]}.get(name, torch.tensor(0, dtype=torch.int32))
+    assert "the running statistics must be" in explain(layer, x).reason
+    layer(x)
+    assert int(layer.num_batches_tracked) == 1
+    step = batch_norm_train(x.double().numpy(), None, None, np.zeros(8), np.ones(8), decay=0.9)
+    assert_near(layer.running_var.contiguous().numpy(), step.running_var, ulps=16)
+
+
 @pytest.mark.parametrize("shape", [(64, 40, 32, 32), (64, 8, 16, 16), (256, 512)])
 def test_another_default_device_changes_nothing(shape):
     make, x = BatchNorm2d if len(shape) == 4 else BatchNorm1d, torch.randn(shape)

@@ -47,16 +47,15 @@ class _Piece(NamedTuple):
         mine = self.tensor
         return mine.shape == x.shape and mine.dtype is x.dtype and mine.stride() == x.stride()
 
-    def formed(self, x: Tensor) -> "_Piece":
-        """Return the same memory in the form of ``x``."""
-        return _formed(self.storage, x)
-
 
 # a tensor of inference could not be saved for a backward
 @torch.inference_mode(mode=False)
 def _formed(storage: UntypedStorage, x: Tensor) -> _Piece:
-    tensor = torch.empty(0, dtype=x.dtype, device="cpu").set_(storage, 0, x.shape, x.stride())
-    return _Piece(tensor, storage, storage._cdata, storage.data_ptr())
+    return _Piece(_tensor_on(storage, x.dtype, x.shape, x.stride()), storage, storage._cdata, storage.data_ptr())
+
+
+def _tensor_on(storage: UntypedStorage, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
+    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, stride)
 
 
 @lru_cache(maxsize=1)
@@ -89,7 +88,8 @@ class _Store:
         for k, piece in enumerate(pieces):
             if piece.is_free():
                 # what was lent longest ago is looked at first
-                pieces.append(pieces.pop(k) if piece.fits(x) else pieces.pop(k).formed(x))
+                del pieces[k]
+                pieces.append(piece if piece.fits(x) else _formed(piece.storage, x))
                 return self._lent(pieces[-1])
         return self._new(x, size)
 
@@ -162,8 +162,7 @@ def once_more(
         return None
     try:
         # it can't be lent before this tensor holds it
-        unchanged = turn_of(storage) == turn
-        return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, stride) if unchanged else None
+        return _tensor_on(storage, dtype, shape, stride) if turn_of(storage) == turn else None
     finally:
         _STORE.lock.release()
 

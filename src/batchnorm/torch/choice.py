@@ -16,7 +16,10 @@ from torch.compiler import is_compiling
 
 from batchnorm.errors import KernelError, OptionError
 
-__all__ = ["Choice", "choose", "force", "is_eager", "is_sound", "obstacle"]
+__all__ = ["Choice", "Running", "choose", "force", "is_eager", "is_sound", "may_move", "obstacle"]
+
+# running statistics that move, the number of batches so far (None: it is not counted), and the momentum; a tuple costs least
+Running = tuple[Tensor, Tensor, Tensor | None, float]
 
 NAMES = ("kernel", "aten", "definition")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -85,7 +88,7 @@ def choose(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    running: Tensor | None,
+    running: Running | None,
     *,
     few: int = FEW,
     at_hand: bool = False,
@@ -118,7 +121,7 @@ def _tiny(few: int) -> Choice:
 
 
 def obstacle(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, running: Tensor | None
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, running: Running | None
 ) -> str:
     """Say why the kernel can't run, or nothing."""
     if not is_eager(x):
@@ -127,7 +130,7 @@ def obstacle(
 
 
 def _beside(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, running: Tensor | None
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, running: Running | None
 ) -> str:
     if forward_ad._current_level >= 0:
         return "it has no forward-mode derivative"
@@ -139,15 +142,16 @@ def _beside(
 
 
 def _misfit(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, running: Tensor | None
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, running: Running | None
 ) -> str:
     wide, channels = x.dtype if x.dtype == torch.float64 else torch.float32, x.shape[1]
     for name, v in (("γ", weight), ("β", bias)):
         if v is not None and not is_sound(v, wide, channels) and not is_sound(v, x.dtype, channels):
             allowed = " or ".join(dict.fromkeys((_name(wide), _name(x.dtype))))
             return f"{name} must be {channels} values of {allowed}, got {_described(v)}"
-    if running is not None and not is_sound(running, wide, channels):
-        return f"the running statistics must be {channels} values of {_name(wide)}, got {_described(running)}"
+    if running is not None and not may_move(running, wide, channels):
+        got = " and ".join(_described(v) for v in running[:3] if v is not None)
+        return f"the running statistics must be {channels} values of {_name(wide)}, and a count in int64, got {got}"
     if residual is None:
         return ""
     if residual.dtype != x.dtype or residual.shape != x.shape or not is_eager(residual):
@@ -158,6 +162,13 @@ def _misfit(
 def is_sound(v: Tensor, dtype: torch.dtype, values: int) -> bool:
     """Say whether a kernel can read or write a tensor: so many values of a dtype, in the processor's memory, without gaps."""
     return v.dtype is dtype and v.is_cpu and v.is_contiguous() and v.numel() == values
+
+
+def may_move(running: Running, dtype: torch.dtype, channels: int) -> bool:
+    """Say whether a kernel can move running statistics."""
+    mean, var, batches, _ = running
+    counts = batches is None or is_sound(batches, torch.int64, 1)
+    return counts and is_sound(mean, dtype, channels) and is_sound(var, dtype, channels)
 
 
 def _described(v: Tensor) -> str:

@@ -32,7 +32,8 @@ def explain(layer: BatchNorm, x: Tensor, residual: Tensor | None = None) -> Choi
         >>> print(explain(BatchNorm2d(8), torch.zeros(2, 8, 4, 4)))
         aten: fewer than 8,192 values: a call costs more than the work
     """
-    running = layer._buffers["running_mean"] if layer.training else None
+    mean, var, batches = (layer._buffers[name] for name in ("running_mean", "running_var", "num_batches_tracked"))
+    running = (mean, var, batches, 0.0) if layer.training and mean is not None and var is not None else None
     few = ops.few_of(x, residual, layer.options.activation) if layer.training else FEW
     choice = choose(x, layer.weight, layer.bias, residual, running, few=few)
     if choice.name == "kernel":

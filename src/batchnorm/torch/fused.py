@@ -38,12 +38,12 @@ from batchnorm.kernels.arguments import (
     word_of,
 )
 from batchnorm.torch.buffers import empty_like
-from batchnorm.torch.choice import is_eager
+from batchnorm.torch.choice import Running, is_eager
 from batchnorm.torch.derivatives import again, as_parameter, at_once
 from batchnorm.torch.recompute import active
 from batchnorm.torch.rows import full, in_rows, memory_format
 
-__all__ = ["FEW", "Found", "Running", "Step", "forward", "gradients", "is_gated", "normalize"]
+__all__ = ["FEW", "Found", "Step", "forward", "gradients", "is_gated", "normalize"]
 
 KINDS = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # values below which an evaluation is left to ATen
@@ -66,10 +66,6 @@ def kernels() -> Any:
     library = Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{'dylib' if sys.platform == 'darwin' else 'so'}"
     import_module("batchnorm.kernels.pool").attach(library)
     return found
-
-
-# running statistics that move, the number of batches so far (None: it is not counted), and the momentum; a tuple costs least
-Running = tuple[Tensor, Tensor, Tensor | None, float]
 
 
 class Step(NamedTuple):

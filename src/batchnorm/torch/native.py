@@ -8,8 +8,6 @@ definition gives them.
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,8 +18,8 @@ from torch.autograd import forward_ad
 from batchnorm.functional import batch_norm_backward
 from batchnorm.kernels.running import MOVED, NOT_FINITE
 from batchnorm.moments import Moments
-from batchnorm.torch.choice import HAS_NUMBA, is_eager, is_sound
-from batchnorm.torch.fused import Running, kernels
+from batchnorm.torch.choice import HAS_NUMBA, Running, is_eager, is_sound, may_move
+from batchnorm.torch.fused import kernels
 from batchnorm.torch.rows import FEW_ROWS, are_near, bound_of, full, in_rows, normalize_rows
 
 __all__ = ["dense", "normalize", "normalize_in_place"]
@@ -115,23 +113,14 @@ _NOT_COUNTED = torch.zeros((), dtype=torch.int64, device="cpu")
 
 def _is_plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running) -> bool:
     """Whether the kernel can read everything: float32 without gaps."""
-    mean, var, batches, _ = running
     dtype, channels = torch.float32, x.shape[1]
     return (
         HAS_NUMBA
         and x.dtype is dtype
         and (weight is None or is_sound(weight, dtype, channels))
         and (bias is None or is_sound(bias, dtype, channels))
-        and is_sound(mean, dtype, channels)
-        and is_sound(var, dtype, channels)
-        and (batches is None or is_sound(batches, torch.int64, 1))
+        and may_move(running, dtype, channels)
     )
-
-
-@lru_cache(maxsize=1)
-def _mover() -> Callable[..., int]:
-    found: Callable[..., int] = kernels().mover()
-    return found
 
 
 def _looked_over(
@@ -142,7 +131,7 @@ def _looked_over(
     mean, var, both = scratch = _SCRATCH.taken(channels)
     y, _, rstd = native_batch_norm(x, weight, bias, mean, var, True, 1.0, eps)
     running_mean, running_var, batches, momentum = running
-    verdict = _mover()(
+    verdict = kernels().mover()(
         both.data_ptr(), rstd.data_ptr(), (rstd if weight is None else weight).data_ptr(), running_mean.data_ptr(),
         running_var.data_ptr(), (_NOT_COUNTED if batches is None else batches).data_ptr(), channels,
         bound_of(rows) if rows else math.inf, momentum,

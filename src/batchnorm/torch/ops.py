@@ -12,7 +12,7 @@ from batchnorm.arrays import namespace
 from batchnorm.functional import Renorm, batch_norm_backward, batch_norm_train
 from batchnorm.moments import Moments
 from batchnorm.torch import fused, native, operators
-from batchnorm.torch.choice import FEW, choose, is_eager
+from batchnorm.torch.choice import FEW, Running, choose, is_eager
 from batchnorm.torch.options import ACTIVATIONS
 from batchnorm.torch.rows import FEW_ROWS, are_near, in_rows, normalize_rows, over_channels
 
@@ -124,7 +124,7 @@ def normalize_in_place(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running: fused.Running,
+    running: Running,
     eps: float,
     residual: Tensor | None,
     activation: str | None,
@@ -134,7 +134,7 @@ def normalize_in_place(
     Returns ``None``, and changes nothing, if something is not finite. ``x`` is eager.
     """
     few = few_of(x, residual, activation)
-    choice = choose(x, weight, bias, residual, running[0], few=few, at_hand=True).name
+    choice = choose(x, weight, bias, residual, running, few=few, at_hand=True).name
     if choice == "aten":
         y = native.normalize_in_place(x, weight, bias, running, eps)
         return y if y is None else followed(y, residual, activation)
